@@ -1,0 +1,36 @@
+"""Errors that a user can act on. The command line prints their message and nothing else.
+
+A message names the thing, the value found, the value wanted and what to do; it never contains training data.
+"""
+
+
+class FedzoError(Exception):
+    """Base of all errors that fedzo raises on purpose."""
+
+
+class ConfigError(FedzoError):
+    """A configuration key or value cannot be used."""
+
+
+class DataError(FedzoError):
+    """A data file or data set cannot be used."""
+
+
+class ModelError(FedzoError):
+    """A base model cannot be loaded or is not what the run expects."""
+
+
+class SpaceError(FedzoError):
+    """A trainable space cannot be built on this model."""
+
+
+class LedgerError(FedzoError):
+    """A ledger is damaged, truncated or belongs to another run."""
+
+
+class ProtocolError(FedzoError):
+    """A message does not follow the protocol."""
+
+
+class RunError(FedzoError):
+    """A run cannot start or go on."""

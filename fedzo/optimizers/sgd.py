@@ -1,0 +1,126 @@
+"""ZO-SGD: theta <- theta - lr / P sum_p g_p z_p (MeZO, arXiv 2305.17333, algorithm 1; ZO-Bench, arXiv 2402.11592, eq. 2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedzo import directions
+from fedzo.errors import ProtocolError
+from fedzo.optimizers.base import Records, Seeds
+from fedzo.optimizers.schedule import Schedule
+
+
+def tensor_bytes(theta: Tensor) -> bytes:
+    """theta's float32 values as little-endian bytes."""
+    return theta.detach().cpu().numpy().astype("<f4", copy=False).tobytes()
+
+
+def _expect(data: bytes, length: int) -> None:
+    if len(data) != length:
+        raise ProtocolError(f"snapshot has {len(data)} bytes, wanted {length}")
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Plain ZO-SGD; no state, so any run of records is one fused pass over theta.
+
+    Attributes:
+        schedule: learning rate of a step.
+        queries: P, the queries that a step's records average over.
+        family: direction family.
+    """
+
+    schedule: Schedule
+    queries: int
+    family: str
+
+    def coefficients(self, records: Records) -> npt.NDArray[np.float64]:
+        """c [S, R] float64 with theta <- theta + sum c z: minus learning rate over P, times the scalar."""
+        steps = range(records.step, records.step + records.seeds.shape[0])
+        rates = np.array([-self.schedule(step) / self.queries for step in steps], dtype=np.float64)
+        scaled: npt.NDArray[np.float64] = rates[:, None] * records.scalars.astype(np.float64)
+        return scaled
+
+    def init(self, theta0: Tensor) -> None:
+        return None
+
+    def apply(self, theta: Tensor, state: object, records: Sequence[Records]) -> None:
+        if records:
+            seeds = np.concatenate([r.seeds.ravel() for r in records])
+            coefficients = np.concatenate([self.coefficients(r).ravel() for r in records])
+            directions.replay(theta, seeds, coefficients.astype(np.float32), self.family)
+
+    def local(self) -> "SGD":
+        return self
+
+    def snapshot(self, theta: Tensor, state: object) -> bytes:
+        return tensor_bytes(theta)
+
+    def snapshot_bytes(self, size: int) -> int:
+        return 4 * size
+
+    def restore(self, theta: Tensor, state: object, data: bytes) -> None:
+        _expect(data, 4 * theta.numel())
+        theta.copy_(torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32)))
+
+
+@dataclass(frozen=True)
+class PoolState:
+    """theta0 float32 [size] and the accumulated coefficients float64 [N], one for each seed of the pool."""
+
+    theta0: Tensor
+    coefficients: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PoolSGD:
+    """ZO-SGD over a fixed pool of seeds (FedKSeed, arXiv 2312.06353, eq. 6): theta = theta0 + sum_j c_j z_j.
+
+    The coefficients accumulate in float64 and theta is rebuilt from theta0 in pool order, so a late client needs the N
+    coefficients and no history.
+
+    Attributes:
+        sgd: turns records into coefficients.
+        pool: the seeds, uint64 [N], all different.
+    """
+
+    sgd: SGD
+    pool: Seeds
+
+    def init(self, theta0: Tensor) -> PoolState:
+        return PoolState(theta0.clone(), np.zeros(self.pool.size, dtype=np.float64))
+
+    def apply(self, theta: Tensor, state: object, records: Sequence[Records]) -> PoolState:
+        assert isinstance(state, PoolState)
+        place = {int(seed): j for j, seed in enumerate(self.pool)}
+        total = state.coefficients.copy()
+        for r in records:
+            for seed, c in zip(r.seeds.ravel().tolist(), self.sgd.coefficients(r).ravel().tolist(), strict=True):
+                total[place[seed]] += c
+        return self._rebuild(theta, PoolState(state.theta0, total))
+
+    def _rebuild(self, theta: Tensor, state: PoolState) -> PoolState:
+        used = np.flatnonzero(state.coefficients)
+        theta.copy_(state.theta0)
+        coefficients = state.coefficients[used].astype(np.float32)
+        directions.replay(theta, self.pool[used], coefficients, self.sgd.family)
+        return state
+
+    def local(self) -> SGD:
+        return self.sgd
+
+    def snapshot(self, theta: Tensor, state: object) -> bytes:
+        assert isinstance(state, PoolState)
+        return state.coefficients.astype("<f8", copy=False).tobytes()
+
+    def snapshot_bytes(self, size: int) -> int:
+        return 8 * self.pool.size
+
+    def restore(self, theta: Tensor, state: object, data: bytes) -> PoolState:
+        assert isinstance(state, PoolState)
+        _expect(data, 8 * self.pool.size)
+        return self._rebuild(theta, PoolState(state.theta0, np.frombuffer(data, dtype="<f8").astype(np.float64)))

@@ -1,0 +1,231 @@
+"""The ledger: a run's records in order, hash-chained, in one SQLite file; a round is one transaction."""
+
+import hashlib
+import json
+import sqlite3
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from fedzo.errors import LedgerError
+from fedzo.federation.spec import RunSpec
+from fedzo.optimizers import Records, Scalars, Seeds
+
+_SCHEMA = """
+CREATE TABLE header (id INTEGER PRIMARY KEY CHECK (id = 0), spec TEXT NOT NULL, head_round INTEGER NOT NULL,
+                     head_hash BLOB NOT NULL);
+CREATE TABLE rounds (round INTEGER PRIMARY KEY, payload BLOB NOT NULL, hash BLOB NOT NULL, summary TEXT NOT NULL);
+CREATE TABLE artifacts (hash TEXT PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE evaluations (round INTEGER NOT NULL, split TEXT NOT NULL, metrics TEXT NOT NULL,
+                          PRIMARY KEY (round, split));
+"""
+_PAYLOAD = struct.Struct("<IHI32sI")
+NO_DIGEST = bytes(32)
+
+
+@dataclass(frozen=True)
+class LedgerRound:
+    """One round of the ledger.
+
+    Attributes:
+        round: from 0.
+        seeds, scalars: uint64 and float32 [K, R]; R is 0 in a round that missed its quorum.
+        clients: numbers of the clients whose contributions it holds, ascending.
+        digest: SHA-256 of theta after the round, or 32 zero bytes where none was taken.
+    """
+
+    round: int
+    seeds: Seeds
+    scalars: Scalars
+    clients: tuple[int, ...]
+    digest: bytes
+
+    def to_bytes(self) -> bytes:
+        """The bytes that the chain hashes."""
+        steps, width = self.seeds.shape
+        head = _PAYLOAD.pack(self.round, steps, width, self.digest, len(self.clients))
+        clients = np.array(self.clients, dtype="<u4").tobytes()
+        return head + clients + self.seeds.astype("<u8").tobytes() + self.scalars.astype("<f4").tobytes()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "LedgerRound":
+        """Inverse of `to_bytes`; a wrong length is a ValueError."""
+        if len(data) < _PAYLOAD.size:
+            raise ValueError("payload too short")
+        round_, steps, width, digest, count = _PAYLOAD.unpack_from(data)
+        if len(data) != _PAYLOAD.size + 4 * count + 12 * steps * width:
+            raise ValueError("payload of a wrong length")
+        at = _PAYLOAD.size + 4 * count
+        clients = np.frombuffer(data[_PAYLOAD.size : at], dtype="<u4")
+        seeds = np.frombuffer(data[at : at + 8 * steps * width], dtype="<u8").astype(np.uint64)
+        scalars = np.frombuffer(data[at + 8 * steps * width :], dtype="<f4").astype(np.float32)
+        shape = (steps, width)
+        return LedgerRound(round_, seeds.reshape(shape), scalars.reshape(shape), tuple(clients.tolist()), digest)
+
+    def records(self) -> Records:
+        """As the update rule takes them."""
+        return Records(self.round * self.seeds.shape[0], self.seeds, self.scalars)
+
+
+def chain(previous: bytes, payload: bytes) -> bytes:
+    """The hash of a round: SHA-256 over the hash before it and its payload."""
+    return hashlib.sha256(previous + payload).digest()
+
+
+class Ledger:
+    """A ledger file, opened for reading or, by the one process that runs the run, for appending.
+
+    Raises:
+        LedgerError: from every method, when the file is damaged or cannot be written.
+    """
+
+    def __init__(self, path: Path, *, write: bool = False) -> None:
+        if not path.is_file():
+            raise LedgerError(f"no ledger at {path}; give the run's folder or its ledger.sqlite")
+        self.path = path
+        try:
+            mode = "rw" if write else "ro"
+            self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
+            if write:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+            row = self._db.execute("SELECT spec, head_round, head_hash FROM header").fetchone()
+        except sqlite3.Error as error:
+            raise self._damaged(error) from error
+        if row is None:
+            raise LedgerError(f"{path} has no header: it is truncated")
+        self.spec = RunSpec.from_json(row[0])
+        self._rounds, self._head = int(row[1]), bytes(row[2])
+
+    @staticmethod
+    def create(path: Path, spec: RunSpec, artifacts: Mapping[str, bytes] | None = None) -> "Ledger":
+        """A new ledger with this header; artifacts are checked against the SHA-256 that names them."""
+        try:
+            with sqlite3.connect(path) as db:
+                db.executescript(_SCHEMA)
+                db.execute("INSERT INTO header VALUES (0, ?, 0, ?)", (spec.to_json(), spec.hash))
+                for name, data in (artifacts or {}).items():
+                    if hashlib.sha256(data).hexdigest() != name:
+                        raise LedgerError(f"artifact {name[:12]} does not have the hash that names it")
+                    db.execute("INSERT INTO artifacts VALUES (?, ?)", (name, data))
+            db.close()
+        except sqlite3.Error as error:
+            raise LedgerError(f"cannot create the ledger {path}: {error}") from error
+        return Ledger(path, write=True)
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._db.close()
+
+    @property
+    def rounds(self) -> int:
+        """Rounds committed."""
+        return self._rounds
+
+    @property
+    def head(self) -> bytes:
+        """Hash of the last committed round: the hash of the ledger."""
+        return self._head
+
+    def append(self, entry: LedgerRound, summary: Mapping[str, Any]) -> None:
+        """Commits the next round; `summary` (counts, bytes, losses) is kept beside it and not hashed."""
+        if entry.round != self._rounds:
+            raise LedgerError(f"round {entry.round} cannot follow {self._rounds} committed rounds")
+        payload = entry.to_bytes()
+        head = chain(self._head, payload)
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute(
+                "INSERT INTO rounds VALUES (?, ?, ?, ?)", (entry.round, payload, head, json.dumps(dict(summary)))
+            )
+            self._db.execute("UPDATE header SET head_round = ?, head_hash = ?", (entry.round + 1, head))
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._rollback()
+            raise LedgerError(
+                f"round {entry.round} could not be written to {self.path} ({error}); the {self._rounds} rounds before it "
+                "are intact: free disk space, then `fedzo resume`"
+            ) from error
+        self._rounds, self._head = entry.round + 1, head
+
+    def _rollback(self) -> None:
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[LedgerRound]:
+        """The rounds start, ..., stop - 1, each checked against the hash chain."""
+        previous = self.hash_before(start)
+        for round_ in range(start, self._rounds if stop is None else stop):
+            row = self._one("SELECT payload, hash FROM rounds WHERE round = ?", round_)
+            if row is None:
+                raise LedgerError(
+                    f"{self.path}: round {round_} is missing of {self._rounds}: the ledger is truncated; "
+                    "restore it from a copy"
+                )
+            previous = chain(previous, row[0])
+            if previous != row[1]:
+                raise LedgerError(f"{self.path}: round {round_} does not match its hash: the ledger was edited or damaged")
+            try:
+                entry = LedgerRound.from_bytes(row[0])
+            except ValueError as error:
+                raise LedgerError(f"{self.path}: round {round_} is damaged ({error})") from error
+            if entry.round != round_:
+                raise LedgerError(f"{self.path}: round {round_} holds the records of round {entry.round}")
+            yield entry
+        if stop is None and previous != self._head:
+            raise LedgerError(f"{self.path}: the last round does not match the header's hash: the ledger was edited")
+
+    def hash_before(self, round_: int) -> bytes:
+        """The chain's hash before a round."""
+        if round_ == 0:
+            return self.spec.hash
+        row = self._one("SELECT hash FROM rounds WHERE round = ?", round_ - 1)
+        if row is None:
+            raise LedgerError(f"{self.path}: no round {round_ - 1}; it has {self._rounds}")
+        return bytes(row[0])
+
+    def artifact(self, name: str) -> bytes:
+        """The artifact with this SHA-256, checked."""
+        row = self._one("SELECT data FROM artifacts WHERE hash = ?", name)
+        if row is None or hashlib.sha256(row[0]).hexdigest() != name:
+            raise LedgerError(f"{self.path}: the artifact {name[:12]} is missing or damaged")
+        return bytes(row[0])
+
+    def record_evaluation(self, round_: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Keeps metrics of theta after `round_` rounds on a split ("validation" or "test"); not hashed."""
+        try:
+            self._db.execute("INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?)", (round_, split, json.dumps(dict(metrics))))
+        except sqlite3.Error as error:
+            raise LedgerError(f"the evaluation after {round_} rounds could not be written to {self.path} ({error})") from error
+
+    def evaluations(self, split: str) -> dict[int, dict[str, float]]:
+        """Rounds applied -> metrics."""
+        rows = self._all("SELECT round, metrics FROM evaluations WHERE split = ? ORDER BY round", split)
+        return {int(round_): json.loads(text) for round_, text in rows}
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """The summaries of all rounds, in order."""
+        return [json.loads(text) for (text,) in self._all("SELECT summary FROM rounds ORDER BY round")]
+
+    def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
+        rows = self._all(query, *values)
+        return rows[0] if rows else None
+
+    def _all(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: sqlite3.Error) -> LedgerError:
+        return LedgerError(f"{self.path} is no ledger that can be read ({error}); restore it from a copy")

@@ -1,0 +1,63 @@
+"""All choices of a run that a seed decides: seeds of directions, sampled clients, batches.
+
+Every choice is a pure function of the run's seed and of where it is made, so a resumed run makes the same ones.
+"""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from fedzo.directions import philox
+from fedzo.optimizers import Seeds
+
+
+def derive(seed: int, *place: str | int) -> int:
+    """A 64-bit seed for one place in a run: the first 8 bytes of SHA-256 over the seed and the place's name."""
+    text = "/".join(str(part) for part in (seed, *place))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def words64(seed: int, count: int) -> npt.NDArray[np.uint64]:
+    """`count` uniform 64-bit words of the stream with this seed."""
+    low_high = philox.words(seed, 2 * count).astype(np.uint64).reshape(-1, 2)
+    words: npt.NDArray[np.uint64] = low_high[:, 0] | (low_high[:, 1] << np.uint64(32))
+    return words
+
+
+def choose(seed: int, total: int, count: int) -> npt.NDArray[np.int64]:
+    """`count` different indices below `total`, sorted, every subset equally likely; all of them when count >= total."""
+    if count >= total:
+        return np.arange(total, dtype=np.int64)
+    order = np.argsort(words64(seed, total), kind="stable")[:count]
+    return np.sort(order).astype(np.int64)
+
+
+def bernoulli(seed: int, total: int, rate: float) -> npt.NDArray[np.int64]:
+    """Each index below `total` with probability `rate`, independently (Poisson sampling); sorted."""
+    hit = philox.words(seed, total).astype(np.float64) < rate * 2.0**32
+    return np.flatnonzero(hit).astype(np.int64)
+
+
+def pool_seeds(seed: int, size: int) -> Seeds:
+    """The fixed pool of `size` different direction seeds of a run."""
+    words = words64(derive(seed, "pool"), size)
+    if np.unique(words).size != size:  # a chance of size^2 / 2^65
+        raise ValueError(f"seed {seed} draws a repeated direction among {size}; take another seed")
+    return words
+
+
+def round_seeds(seed: int, schedule: str, round_: int, client: int, shape: tuple[int, int], pool: Seeds | None) -> Seeds:
+    """The direction seeds uint64 [K, P] that a client tries in a round.
+
+    `shared`: the same for every client; `independent`: the client's own; `pool`: the client's own draw from the pool,
+    without repetition within a step.
+    """
+    steps, queries = shape
+    if schedule == "shared":
+        return words64(derive(seed, "directions", round_), steps * queries).reshape(shape)
+    if schedule == "independent":
+        return words64(derive(seed, "directions", round_, client), steps * queries).reshape(shape)
+    assert pool is not None
+    drawn = [choose(derive(seed, "directions", round_, client, k), pool.size, queries) for k in range(steps)]
+    return pool[np.stack(drawn)]

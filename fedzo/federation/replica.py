@@ -1,0 +1,75 @@
+"""Replay: base model + space + ledger -> theta."""
+
+import hashlib
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from fedzo.errors import ProtocolError
+from fedzo.federation.messages import CatchUp
+from fedzo.federation.spec import RunSpec
+from fedzo.optimizers import Records
+
+# Records fused into one pass; a bound on memory, not a choice that theta depends on.
+_FUSED = 4096
+
+
+def theta_digest(theta: Tensor) -> bytes:
+    """SHA-256 over theta's float32 values as little-endian bytes."""
+    return hashlib.sha256(memoryview(theta.detach().cpu().numpy().astype("<f4", copy=False))).digest()
+
+
+class Replica:
+    """One party's theta: moves along records only, and knows how many rounds it has applied.
+
+    Args:
+        spec: the run.
+        theta0: float32 [size], owned by the replica from now on.
+    """
+
+    def __init__(self, spec: RunSpec, theta0: Tensor) -> None:
+        self.spec = spec
+        self.rule = spec.build_rule()
+        self.theta = theta0
+        self.state = self.rule.init(theta0)
+        self.rounds = 0
+        self._digest: tuple[int, bytes] | None = None
+
+    def apply(self, rounds: Iterable[Records]) -> None:
+        """Applies the records of the next rounds, in order, fused."""
+        pending: list[Records] = []
+        for records in rounds:
+            if records.step != (self.rounds + len(pending)) * self.spec.local_steps:
+                raise ProtocolError(f"records of step {records.step} cannot follow {self.rounds + len(pending)} rounds")
+            pending.append(records)
+            if sum(r.seeds.size for r in pending) >= _FUSED:
+                self._flush(pending)
+        self._flush(pending)
+
+    def _flush(self, pending: list[Records]) -> None:
+        self.state = self.rule.apply(self.theta, self.state, pending)
+        self.rounds += len(pending)
+        pending.clear()
+
+    def catch_up(self, missed: CatchUp) -> None:
+        """Brings the replica to the plan's round; the part that it already stands at is skipped.
+
+        Raises:
+            ProtocolError: the catch-up starts after where the replica stands, or does not reach where it says.
+        """
+        if missed.kind == "snapshot" and self.rounds != missed.stop:
+            self.state = self.rule.restore(self.theta, self.state, missed.snapshot)
+            self.rounds = missed.stop
+        elif missed.kind == "records":
+            if self.rounds < missed.start:
+                raise ProtocolError(f"records start at round {missed.start}, the replica stands at {self.rounds}")
+            new = missed.records[self.rounds - missed.start :]
+            self.apply([Records((self.rounds + i) * self.spec.local_steps, r.seeds, r.scalars) for i, r in enumerate(new)])
+        if self.rounds != missed.stop:
+            raise ProtocolError(f"after catching up the replica stands at round {self.rounds}, the plan at {missed.stop}")
+
+    def digest(self) -> bytes:
+        """SHA-256 of theta, computed once a round."""
+        if self._digest is None or self._digest[0] != self.rounds:
+            self._digest = (self.rounds, theta_digest(self.theta))
+        return self._digest[1]

@@ -1,0 +1,112 @@
+"""What a run is: everything that must be known to replay it, and nothing else."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedzo.errors import LedgerError
+from fedzo.estimators import ESTIMATORS, Estimator
+from fedzo.federation.randomness import pool_seeds
+from fedzo.optimizers import OPTIMIZERS, PoolSGD, Schedule, UpdateRule
+from fedzo.registry import lookup
+
+PROTOCOL = 1
+
+SeedSchedule = Literal["shared", "independent", "pool"]
+SEED_SCHEDULES: tuple[SeedSchedule, ...] = ("shared", "independent", "pool")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """The header of a ledger. Its canonical JSON is hashed; the hash names the run and starts the chain.
+
+    Attributes:
+        protocol: version of messages and ledger.
+        fingerprint: of the base model.
+        space, space_hash, size: kind, identity and number of entries of theta.
+        theta_dtype: in which theta is kept.
+        theta0: SHA-256 of theta before the first step.
+        initial: SHA-256 of the artifact with the initial values of parameters that the base model does not have
+            ("" when there are none).
+        family, estimator, eps, queries, batch_size: how a step's scalars are made; P = queries.
+        optimizer, learning_rate, schedule, warmup_steps: how records move theta.
+        rounds, local_steps: length; K = local_steps.
+        seed, seeds, pool_size: the run's seed and the seed schedule.
+        clients, clients_per_round, client_rate: registered clients, and how many a round asks: a count (0: all), or
+            each with a probability (when above 0).
+        aggregation, trim, quorum, scalar_bound: how a round's contributions become records.
+        digest_every: rounds between recorded digests of theta (the last round always has one).
+        experiment: SHA-256 over the configuration of task, data and model preparation.
+    """
+
+    protocol: int
+    fingerprint: str
+    space: str
+    space_hash: str
+    size: int
+    theta_dtype: str
+    theta0: str
+    initial: str
+    family: str
+    estimator: str
+    eps: float
+    queries: int
+    batch_size: int
+    optimizer: str
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    rounds: int
+    local_steps: int
+    seed: int
+    seeds: SeedSchedule
+    pool_size: int
+    clients: int
+    clients_per_round: int
+    client_rate: float
+    aggregation: str
+    trim: float
+    quorum: int
+    scalar_bound: float
+    digest_every: int
+    experiment: str
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, shortest float that reads back the same."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> "RunSpec":
+        """Inverse of `to_json`.
+
+        Raises:
+            LedgerError: fields are missing or unknown (another version of fedzo), or the text is no JSON.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            return RunSpec(**values)
+        except (TypeError, ValueError) as error:
+            raise LedgerError(f"the ledger's header is not one of this version of fedzo (protocol {PROTOCOL})") from error
+
+    @property
+    def hash(self) -> bytes:
+        return hashlib.sha256(self.to_json().encode()).digest()
+
+    @property
+    def run_id(self) -> bytes:
+        """The first 8 bytes of the header's hash: names the run in messages."""
+        return self.hash[:8]
+
+    def build_estimator(self) -> Estimator:
+        return lookup(ESTIMATORS, self.estimator, "estimator")()
+
+    def build_rule(self) -> UpdateRule:
+        schedule = Schedule(self.schedule, self.learning_rate, self.rounds * self.local_steps, self.warmup_steps)
+        rule = lookup(OPTIMIZERS, self.optimizer, "optimizer")(schedule, self.queries, self.family)
+        return PoolSGD(rule, pool_seeds(self.seed, self.pool_size)) if self.seeds == "pool" else rule
+
+    def has_digest(self, round_: int) -> bool:
+        """Whether the ledger holds theta's digest after this round (0, 1, ...)."""
+        return (round_ + 1) % self.digest_every == 0 or round_ + 1 == self.rounds

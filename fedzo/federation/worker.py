@@ -1,0 +1,79 @@
+"""The client's side of the protocol: a plan in, loss requests out, a contribution in the end. Knows no transport."""
+
+from collections.abc import Generator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from fedzo.errors import ProtocolError
+from fedzo.evaluation import Batch, LossRequest
+from fedzo.federation.messages import Behind, Contribution, Failure, Hello, Plan
+from fedzo.federation.randomness import choose, derive
+from fedzo.federation.replica import Replica
+from fedzo.federation.spec import PROTOCOL
+from fedzo.optimizers import Records
+
+
+class Data(Protocol):
+    """A client's examples."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> Batch: ...
+
+
+class Worker:
+    """One client. Several workers of a process may share a replica: a plan first brings it to its round.
+
+    Args:
+        client: the client's number.
+        replica: theta of this process.
+        data: the client's own examples.
+        fingerprint, space_hash, theta0: of this process's base model and space, for the handshake.
+    """
+
+    def __init__(self, client: int, replica: Replica, data: Data, fingerprint: str, space_hash: str, theta0: str) -> None:
+        self.client = client
+        self.replica = replica
+        self.data = data
+        spec = replica.spec
+        self._hello = Hello(
+            client, len(data), PROTOCOL, fingerprint, space_hash, theta0, spec.family, spec.theta_dtype
+        )  # fmt: skip
+
+    def hello(self) -> Hello:
+        return self._hello
+
+    def round(self, plan: Plan) -> Generator[LossRequest, Tensor, Contribution | Behind | Failure]:
+        """Does a plan; yields loss requests and is sent losses float32 [len(offsets), B].
+
+        Raises:
+            ProtocolError: the plan is another run's or another client's.
+        """
+        spec, replica = self.replica.spec, self.replica
+        if plan.run_id != spec.run_id or plan.client != self.client:
+            raise ProtocolError(f"plan for client {plan.client} of another run, this is client {self.client}")
+        if plan.catch_up.kind == "records" and replica.rounds < plan.catch_up.start:
+            return Behind(plan.run_id, plan.round, self.client, replica.rounds)
+        if replica.rounds > plan.round:
+            return Failure(plan.run_id, plan.round, self.client, "error")
+        replica.catch_up(plan.catch_up)
+        if any(plan.digest) and replica.digest() != plan.digest:
+            return Failure(plan.run_id, plan.round, self.client, "digest")
+        steps, queries = plan.seeds.shape
+        scalars = np.empty((steps, queries), dtype=np.float32)
+        theta, losses = replica.theta, 0.0
+        estimator, rule = spec.build_estimator(), replica.rule.local()
+        for k in range(steps):
+            place = derive(spec.seed, "batch", plan.round, self.client, k)
+            batch = self.data.batch(choose(place, len(self.data), plan.batch_size))
+            estimate = yield from estimator.estimate(theta, batch, plan.seeds[k].tolist(), plan.eps, spec.family)
+            scalars[k] = estimate.projected.mean(axis=1)
+            losses += estimate.loss / steps
+            if k + 1 < steps:
+                theta = theta.clone() if k == 0 else theta
+                step = plan.round * steps + k
+                rule.apply(theta, rule.init(theta), [Records(step, plan.seeds[k : k + 1], scalars[k : k + 1])])
+        return Contribution(plan.run_id, plan.round, self.client, plan.seeds, scalars, len(self.data), losses)

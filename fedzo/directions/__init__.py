@@ -1,0 +1,143 @@
+"""Directions: the vector z of a 64-bit seed, and sums of such vectors, bit for bit the same on every device.
+
+Element i of a direction depends on the seed, the family and i alone (Philox4x32-10, see ``philox``):
+
+- ``rademacher``: z_i = +1 if the bit is set, else -1; block i // 128, word (i % 128) // 32, bit i % 32.
+- ``gaussian``: z_i = table[16 bits] (see ``normal``); block i // 8, word (i % 8) // 2, low half for even i.
+
+Tensors are 1-D, contiguous and float32; ``offset`` is the index of their first element in the direction, so that a
+part of a vector can be treated alone. Every step theta + c z is rounded to float32 twice, after the product and after the
+sum (c itself is rounded to float32 first). CPU tensors go through ``numba_cpu``, others through ``reference``; the two are bit-equal.
+
+All functions raise ConfigError for an unknown family or a seed outside [0, 2**64), RunError for a coefficient that is not
+finite in float32, and ValueError for tensors, arrays or offsets of the wrong kind.
+"""
+
+import math
+from difflib import get_close_matches
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedzo.directions import reference
+from fedzo.directions.philox import check_seed
+from fedzo.errors import ConfigError, RunError
+
+__all__ = ["FAMILIES", "axpy", "fill", "replay"]
+
+FAMILIES: tuple[str, ...] = ("rademacher", "gaussian")
+MAX_OFFSET = 2**62
+
+
+def fill(out: Tensor, seed: int, family: str, *, offset: int = 0) -> Tensor:
+    """Write z[offset : offset + len(out)] into ``out`` [n] and return it."""
+    _check_family(family)
+    _check_vector("out", out, offset)
+    return _implementation(out).fill(out, check_seed(seed), family, offset=offset)  # type: ignore[no-any-return]
+
+
+def axpy(
+    theta: Tensor, seed: int, coefficient: float, family: str, *, offset: int = 0, out: Tensor | None = None
+) -> Tensor:
+    """Write fl32(theta + fl32(c z[offset : offset + n])) into ``out`` and return it.
+
+    Args:
+        theta: [n]; changed in place if out is None.
+        coefficient: c; negate it to subtract.
+        out: [n], on theta's device; theta itself, or memory that does not overlap theta's.
+    """
+    _check_family(family)
+    _check_vector("theta", theta, offset)
+    c = _coefficient(coefficient)
+    if out is not None:
+        _check_vector("out", out, offset)
+        _check_pair(theta, out)
+        if out.data_ptr() == theta.data_ptr():
+            _implementation(theta).axpy(theta, check_seed(seed), c, family, offset=offset)
+            return out
+    return _implementation(theta).axpy(theta, check_seed(seed), c, family, offset=offset, out=out)  # type: ignore[no-any-return]
+
+
+def replay(
+    theta: Tensor,
+    seeds: npt.NDArray[np.uint64],
+    coefficients: npt.NDArray[np.float32],
+    family: str,
+    *,
+    offset: int = 0,
+) -> Tensor:
+    """Apply records to theta [n] in place, in their order and in one pass over memory; return theta.
+
+    The result is that of ``axpy(theta, seeds[r], coefficients[r], family)`` for r = 0 ... R - 1, bit for bit.
+
+    Args:
+        seeds: [R] uint64.
+        coefficients: [R] float32.
+    """
+    _check_family(family)
+    _check_vector("theta", theta, offset)
+    if seeds.dtype != np.uint64 or coefficients.dtype != np.float32:
+        raise ValueError(
+            f"seeds and coefficients are {seeds.dtype} and {coefficients.dtype}, but must be uint64 and float32"
+        )
+    if seeds.ndim != 1 or seeds.shape != coefficients.shape:
+        raise ValueError(
+            f"seeds and coefficients have shapes {seeds.shape} and {coefficients.shape}, but must be 1-D and of one length"
+        )
+    finite = np.isfinite(coefficients)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise _not_finite(f"coefficient {first} of {len(finite)}", float(coefficients[first]))
+    records = np.ascontiguousarray(seeds), np.ascontiguousarray(coefficients)
+    return _implementation(theta).replay(theta, *records, family, offset=offset)  # type: ignore[no-any-return]
+
+
+def _implementation(tensor: Tensor) -> ModuleType:
+    if tensor.device.type != "cpu":
+        return reference
+    from fedzo.directions import numba_cpu  # compiles, or loads what it compiled before
+
+    return numba_cpu
+
+
+def _check_family(family: str) -> None:
+    if family not in FAMILIES:
+        near = get_close_matches(str(family), FAMILIES, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"direction family is {family!r}, but must be one of {', '.join(FAMILIES)}{hint}")
+
+
+def _check_vector(name: str, tensor: Tensor, offset: int) -> None:
+    if tensor.dtype != torch.float32 or tensor.ndim != 1 or not tensor.is_contiguous():
+        layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+        raise ValueError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, {layout}, but must be torch.float32, 1-D and contiguous"
+        )
+    if not 0 <= offset <= MAX_OFFSET:
+        raise ValueError(f"offset is {offset}, but must be at least 0 and at most 2**62")
+
+
+def _check_pair(theta: Tensor, out: Tensor) -> None:
+    if out.shape != theta.shape or out.device != theta.device:
+        raise ValueError(
+            f"out has {len(out)} elements on {out.device}, but must have theta's {len(theta)} on {theta.device}"
+        )
+    distance = abs(out.data_ptr() - theta.data_ptr())
+    if 0 < distance < theta.numel() * theta.element_size():
+        raise ValueError("out overlaps theta in part, but must be theta itself or memory of its own")
+
+
+def _coefficient(value: float) -> float:
+    """The float32 nearest to ``value``."""
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(value))
+    if not math.isfinite(rounded):
+        raise _not_finite("coefficient of a direction", value)
+    return rounded
+
+
+def _not_finite(name: str, value: float) -> RunError:
+    return RunError(f"{name} is {value}, but must be finite in float32: the run diverged; lower the learning rate or clip")

@@ -1,11 +1,12 @@
 """Replay: base model + space + ledger -> theta."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from fedzo.errors import ProtocolError
+from fedzo.federation.artifact import unpack_values
 from fedzo.federation.messages import CatchUp
 from fedzo.federation.spec import RunSpec
 from fedzo.optimizers import Records
@@ -24,14 +25,21 @@ class Replica:
 
     Args:
         spec: the run.
-        theta0: float32 [size], owned by the replica from now on.
+        load: makes theta0, float32 [size], anew from the base model.
     """
 
-    def __init__(self, spec: RunSpec, theta0: Tensor) -> None:
+    def __init__(self, spec: RunSpec, load: Callable[[], Tensor]) -> None:
         self.spec = spec
         self.rule = spec.build_rule()
-        self.theta = theta0
-        self.state = self.rule.init(theta0)
+        self._load = load
+        self.reset()
+
+    def reset(self, initial: bytes = b"") -> None:
+        """Back to theta0, with the run's own initial values (`pack_values`) where the base model has none."""
+        self.theta = self._load()
+        if initial:
+            unpack_values(initial, self.theta)
+        self.state = self.rule.init(self.theta)
         self.rounds = 0
         self._digest: tuple[int, bytes] | None = None
 

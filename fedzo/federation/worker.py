@@ -55,12 +55,13 @@ class Worker:
         spec, replica = self.replica.spec, self.replica
         if plan.run_id != spec.run_id or plan.client != self.client:
             raise ProtocolError(f"plan for client {plan.client} of another run, this is client {self.client}")
-        if plan.catch_up.kind == "records" and replica.rounds < plan.catch_up.start:
+        if replica.rounds > plan.round or (plan.initial and replica.rounds == 0):
+            replica.reset(plan.initial)
+        if plan.catch_up.start > replica.rounds and plan.catch_up.kind != "snapshot":
             return Behind(plan.run_id, plan.round, self.client, replica.rounds)
-        if replica.rounds > plan.round:
-            return Failure(plan.run_id, plan.round, self.client, "error")
         replica.catch_up(plan.catch_up)
         if any(plan.digest) and replica.digest() != plan.digest:
+            replica.reset()
             return Failure(plan.run_id, plan.round, self.client, "digest")
         steps, queries = plan.seeds.shape
         scalars = np.empty((steps, queries), dtype=np.float32)

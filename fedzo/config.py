@@ -1,0 +1,296 @@
+"""A run's configuration: checked once, here. TOML sections for people, one flat level ("method.eps") for Flower."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedzo.directions import FAMILIES
+from fedzo.errors import ConfigError
+from fedzo.estimators import ESTIMATORS
+from fedzo.federation.aggregation import AGGREGATORS, NEEDS_SHARED_SEEDS
+from fedzo.federation.spec import SeedSchedule
+from fedzo.optimizers import OPTIMIZERS, SCHEDULES
+from fedzo.registry import lookup, nearest
+
+Scalar = bool | int | float | str
+
+
+def _split(value: object) -> object:
+    """Flower's run-config has no lists: "a, b" and ["a", "b"] are the same."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _split_verbatim(value: object) -> object:
+    """As `_split` by "|", keeping spaces: they matter in verbalisers."""
+    return [part for part in value.split("|") if part] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_split_verbatim)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    source: str = Field("embedded", description='"embedded", a hub name, or a local directory')
+    kind: Literal["causal", "masked", "encoder"] = Field(
+        "causal", description="language model with prompts (causal or masked), or encoder with a classification head"
+    )
+    revision: str = Field("", description="hub revision; empty: the newest")
+    max_length: int = Field(128, ge=4, description="tokens of an example at most")
+    head: Literal["label-texts", "random"] = Field("label-texts", description="first rows of an encoder's head")
+    head_scale: float = Field(20.0, gt=0, description="factor on the cosine between text and head row")
+    pooling: Literal["mean", "cls"] = Field("mean", description="how an encoder's hidden states become one vector")
+
+
+class SpaceSection(Section):
+    """What is trainable."""
+
+    kind: Literal["full", "sparse", "adapter"] = Field("full", description="full, sparse mask, or PEFT adapter")
+    include: Names = Field(("*",), description="patterns of parameter names, for full and sparse")
+    exclude: Names = Field((), description="patterns of parameter names left out")
+    density: float = Field(0.01, gt=0, le=1, description="part of the parameters that is trainable, for sparse")
+    mask: str = Field("random", description='"random", "magnitude", or a mask file, for sparse')
+    adapter: Literal["lora", "ia3", "prefix", "prompt"] = Field("lora", description="PEFT method, for adapter")
+    rank: int = Field(8, ge=1, description="rank of LoRA")
+    alpha: float = Field(16.0, gt=0, description="scale of LoRA: alpha / rank")
+    virtual_tokens: int = Field(16, ge=1, description="length of a prefix or prompt")
+    targets: Names = Field((), description="modules that LoRA and IA3 adapt; empty: PEFT's choice for the model")
+
+
+class TaskSection(Section):
+    """What the model learns."""
+
+    name: str = Field("toy-reviews", description="task of the registry")
+    template: str = Field("", description="prompt with {field} and, for masked models, {mask}; empty: the task's own")
+    verbalizers: Texts = Field((), description='label texts joined by "|", spaces kept; empty: the task\'s own')
+
+
+class DataSection(Section):
+    """Where the examples come from and how they are spread over clients."""
+
+    source: str = Field("embedded", description='"embedded", a hub name ("glue/sst2"), or a local directory')
+    train: str = Field("train", description="file or split to train on")
+    validation: str = Field("", description="file or split to select on; empty: a part of train")
+    test: str = Field("test", description="file or split to report on; empty: none")
+    validation_fraction: float = Field(0.05, gt=0, lt=1, description="part of train used to select when none is given")
+    limit: int = Field(0, ge=0, description="training examples at most; 0: all")
+    clients: int = Field(10, ge=1, description="number of clients")
+    partition: str = Field("iid", description="how clients' data differ: iid, dirichlet, natural, ...")
+    alpha: float = Field(0.5, gt=0, description="concentration of the Dirichlet partition: smaller is more skewed")
+    column: str = Field("", description="column of a natural partition; for dirichlet empty: the label")
+
+
+class MethodSection(Section):
+    """The zeroth-order method."""
+
+    directions: str = Field("rademacher", description="family of random directions")
+    estimator: str = Field("two-point", description="queries -> scalars")
+    optimizer: str = Field("sgd", description="records -> theta")
+    eps: float = Field(1e-3, gt=0, description="distance of the two points from theta")
+    queries: int = Field(4, ge=1, le=65535, description="P, directions of a step")
+    batch_size: int = Field(16, ge=1, description="examples of a step on one client")
+    learning_rate: float = Field(1e-3, gt=0, description="peak step size")
+    schedule: str = Field("constant", description="constant, linear or cosine")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear rise from 0")
+
+
+class FederationSection(Section):
+    """Rounds, clients and how their scalars are combined."""
+
+    rounds: int = Field(100, ge=1, description="rounds of the run")
+    local_steps: int = Field(1, ge=1, le=65535, description="K, steps of a client between two rounds")
+    clients_per_round: int = Field(0, ge=0, description="clients asked a round; 0: all")
+    client_rate: float = Field(0.0, ge=0, le=1, description="when above 0, each client is asked with this probability")
+    seeds: SeedSchedule = Field("shared", description="shared, independent or pool")
+    pool_size: int = Field(4096, ge=2, description="seeds of the pool")
+    aggregation: str = Field("mean", description="mean (by examples), uniform, median or trimmed-mean")
+    trim: float = Field(0.1, ge=0, lt=0.5, description="part cut at each end by trimmed-mean")
+    quorum: int = Field(1, ge=1, description="contributions below which a round changes nothing")
+    scalar_bound: float = Field(1e4, gt=0, description="largest magnitude of a scalar that is accepted")
+    digest_every: int = Field(1, ge=1, description="rounds between recorded digests of theta")
+
+
+class EvaluationSection(Section):
+    """When and on how much the model is evaluated by the server."""
+
+    every: int = Field(10, ge=0, description="rounds between evaluations on validation data; 0: first and last only")
+    batch_size: int = Field(64, ge=1, description="examples of an evaluation's forward pass")
+    limit: int = Field(0, ge=0, description="validation examples at most; 0: all")
+
+
+class RuntimeSection(Section):
+    """Where it runs; never part of what is computed."""
+
+    device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1"')
+    threads: int = Field(0, ge=0, description="CPU threads; 0: torch's choice")
+    round_timeout: float = Field(600.0, gt=0, description="seconds that a Flower round waits for its clients")
+
+
+class Config(Section):
+    """All of a run."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="decides every choice of the run")
+    name: str = Field("", description="name of the run folder; empty: task and time")
+    model: ModelSection = ModelSection()
+    space: SpaceSection = SpaceSection()
+    task: TaskSection = TaskSection()
+    data: DataSection = DataSection()
+    method: MethodSection = MethodSection()
+    federation: FederationSection = FederationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    runtime: RuntimeSection = RuntimeSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        method, federation = self.method, self.federation
+        try:
+            for name, known, what in (
+                (method.directions, FAMILIES, "method.directions"),
+                (method.estimator, ESTIMATORS, "method.estimator"),
+                (method.optimizer, OPTIMIZERS, "method.optimizer"),
+                (method.schedule, SCHEDULES, "method.schedule"),
+                (federation.aggregation, AGGREGATORS, "federation.aggregation"),
+            ):
+                lookup(dict.fromkeys(known), name, what)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if federation.aggregation in NEEDS_SHARED_SEEDS and federation.seeds != "shared":
+            raise ValueError(
+                f'federation.aggregation = "{federation.aggregation}" compares clients seed by seed and needs '
+                f'federation.seeds = "shared", found "{federation.seeds}"'
+            )
+        asked = federation.clients_per_round or self.data.clients
+        if asked > self.data.clients:
+            raise ValueError(f"federation.clients_per_round is {asked}, but data.clients is {self.data.clients}")
+        if federation.quorum > asked:
+            raise ValueError(f"federation.quorum is {federation.quorum}, but only {asked} clients are asked a round")
+        if federation.seeds == "pool" and method.queries > federation.pool_size:
+            raise ValueError(f"method.queries is {method.queries}, more than federation.pool_size {federation.pool_size}")
+        if method.warmup_steps >= federation.rounds * federation.local_steps:
+            raise ValueError(f"method.warmup_steps is {method.warmup_steps}, not below the run's number of steps")
+        return self
+
+    def experiment(self) -> str:
+        """SHA-256 over what decides the run besides its ledger header: task, data and preparation of the model.
+
+        Paths are left out (they differ between machines): the header names base model and space by their hashes.
+        """
+        chosen = self.model_dump(
+            include={
+                "seed": True,
+                "model": {"kind", "max_length", "head", "head_scale", "pooling"},
+                "space": set(SpaceSection.model_fields) - {"mask"},
+                "task": True,
+                "data": set(DataSection.model_fields) - {"source"},
+            },
+            mode="json",
+        )
+        text = json.dumps(chosen, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten(config: Config) -> dict[str, Scalar]:
+    """The configuration as Flower's run-config: dotted keys, scalar values."""
+    flat: dict[str, Scalar] = {}
+    for key, value in config.model_dump(mode="json").items():
+        fields = value.items() if isinstance(value, dict) else [(None, value)]
+        for name, leaf in fields:
+            joiner = "|" if (key, name) == ("task", "verbalizers") else ", "
+            flat[key if name is None else f"{key}.{name}"] = joiner.join(leaf) if isinstance(leaf, list) else leaf
+    return flat
+
+
+KEYS: tuple[str, ...] = tuple(flatten(Config()))
+
+
+def from_flat(flat: Mapping[str, Any], where: str = "the configuration") -> Config:
+    """A checked configuration from dotted keys.
+
+    Raises:
+        ConfigError: an unknown key (the nearest valid one is offered) or an impossible value.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        if key not in KEYS:
+            raise ConfigError(f"{where}: unknown key {key!r}. {nearest(key, KEYS)}")
+        section, _, name = key.partition(".")
+        if name:
+            nested.setdefault(section, {})[name] = value
+        else:
+            nested[key] = value
+    try:
+        return Config.model_validate(nested)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        found = f" (found {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
+        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{message}{found}") from None
+
+
+def _flat_toml(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat_toml(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key=value` of the command line; the value is read as TOML, else taken as a string."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"override {text!r} has no '='; wanted key=value, such as method.eps=1e-3")
+    try:
+        return key.strip(), tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value
+
+
+def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a TOML file (None: the defaults) with overrides.
+
+    Relative paths of model, data and mask count from the working directory.
+
+    Raises:
+        ConfigError: no such file, no TOML, or what `from_flat` refuses.
+    """
+    flat: dict[str, Any] = {}
+    if path is not None:
+        try:
+            flat = _flat_toml(tomllib.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            near = ", ".join(sorted(str(p) for p in path.parent.glob("*.toml"))) if path.parent.is_dir() else ""
+            hint = f"; there are {near}" if near else ""
+            raise ConfigError(f"no configuration file {path}{hint}") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
+    flat |= dict(parse_override(text) for text in overrides)
+    return from_flat(flat, str(path) if path else "the command line")
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that `load_config` and Flower's --run-config read back."""
+    lines: list[str] = []
+    section = ""
+    for key, value in flatten(config).items():
+        head, _, name = key.partition(".")
+        if name and head != section:
+            section = head
+            lines += ["", f"[{section}]"]
+        lines.append(f"{name or key} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Scalar) -> str:
+    # A JSON string is a TOML basic string; floats such as 1e-05 are the same in both.
+    return str(value).lower() if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)

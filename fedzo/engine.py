@@ -1,0 +1,182 @@
+"""Runs a run: the round loop over any transport, and the transport within one process."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from fedzo.errors import LedgerError, RunError
+from fedzo.evaluation import Evaluator
+from fedzo.experiment import Experiment
+from fedzo.federation.coordinator import Coordinator, RoundSummary, replay
+from fedzo.federation.ledger import Ledger
+from fedzo.federation.messages import Plan, decode
+from fedzo.federation.worker import Worker
+from fedzo.run_folder import MetricsLog, RunFolder
+
+Parcel = tuple[int, bytes]
+# Takes (client, plan) parcels, gives (client, answer) parcels back in any order; a lost client gives none.
+Exchange = Callable[[Sequence[Parcel]], Iterable[Parcel]]
+
+
+class Observer(Protocol):
+    """Is told what happened, after it is committed."""
+
+    def round(self, summary: RoundSummary) -> None: ...
+
+    def evaluation(self, rounds: int, split: str, metrics: dict[str, float]) -> None: ...
+
+
+def answer(worker: Worker, evaluator: Evaluator, plan: bytes) -> bytes:
+    """What a resident worker answers to a plan: its loss requests are evaluated one by one."""
+    message = decode(plan)
+    if not isinstance(message, Plan):
+        raise RunError("a worker was sent something else than a plan")
+    steps = worker.round(message)
+    try:
+        request = next(steps)
+        while True:
+            request = steps.send(evaluator.losses(request))
+    except StopIteration as stop:
+        reply: bytes = stop.value.to_bytes()
+        return reply
+
+
+def in_process(experiment: Experiment, coordinator: Coordinator) -> Exchange:
+    """The transport of one process: all workers share the loaded model and one replica, apart from the server's.
+
+    Every plan and answer crosses as bytes, as it would on a wire.
+    """
+    replica = experiment.replica(coordinator.spec)
+    workers = {number: experiment.worker(number, replica) for number in range(coordinator.spec.clients)}
+    for worker in workers.values():
+        coordinator.admit(worker.hello())
+
+    def exchange(parcels: Sequence[Parcel]) -> Iterable[Parcel]:
+        for number, plan in parcels:
+            yield number, answer(workers[number], experiment.evaluator, plan)
+
+    return exchange
+
+
+def play_round(coordinator: Coordinator, exchange: Exchange) -> RoundSummary:
+    """One round: plans out, answers in, commit."""
+    plans = coordinator.open_round()
+    while plans:
+        parcels = [(plan.client, plan.to_bytes()) for plan in plans]
+        replies = [coordinator.receive(client, data) for client, data in exchange(parcels)]
+        plans = [plan for plan in replies if plan is not None]
+    return coordinator.close_round()
+
+
+def run_rounds(
+    experiment: Experiment, coordinator: Coordinator, connect: Callable[[], Exchange], observers: Sequence[Observer]
+) -> None:
+    """Plays the rounds that are left, evaluates when due, and tells the observers.
+
+    Args:
+        connect: makes the transport and registers the clients; called once, when rounds are left.
+    """
+    ledger, every = coordinator.ledger, experiment.config.evaluation.every
+
+    def evaluate(split: str) -> None:
+        data = experiment.validation if split == "validation" else experiment.test
+        if data is None or ledger.rounds in ledger.evaluations(split):
+            return
+        metrics = experiment.evaluate(coordinator.replica.theta, data)
+        ledger.record_evaluation(ledger.rounds, split, metrics)
+        for observer in observers:
+            observer.evaluation(ledger.rounds, split, metrics)
+
+    if ledger.rounds == 0:
+        evaluate("test")
+    if ledger.rounds == 0 or (every and ledger.rounds % every == 0):
+        evaluate("validation")
+    exchange = None if coordinator.finished else connect()
+    while exchange is not None and not coordinator.finished:
+        summary = play_round(coordinator, exchange)
+        for observer in observers:
+            observer.round(summary)
+        if coordinator.finished or (every and ledger.rounds % every == 0):
+            evaluate("validation")
+    evaluate("validation")
+    evaluate("test")
+
+
+def start(folder: RunFolder, experiment: Experiment) -> Ledger:
+    """A new ledger for an experiment."""
+    spec = experiment.spec()
+    return Ledger.create(folder.ledger, spec, {spec.initial: experiment.initial} if spec.initial else None)
+
+
+def reopen(folder: RunFolder, experiment: Experiment) -> Ledger:
+    """A run's ledger, checked to be this experiment's.
+
+    Raises:
+        LedgerError: a field of the header differs; the message names it.
+    """
+    ledger = Ledger(folder.ledger, write=True)
+    wanted, found = vars(experiment.spec()), vars(ledger.spec)
+    # theta0 may differ in what the ledger itself holds; the replay checks it.
+    skip = {"theta0", "initial"} if ledger.spec.initial else set()
+    for name, value in wanted.items():
+        if name not in skip and found[name] != value:
+            raise LedgerError(
+                f"{folder.ledger} belongs to another run: its {name} is {found[name]!r}, the configuration gives {value!r}"
+            )
+    return ledger
+
+
+def run(
+    experiment: Experiment,
+    folder: RunFolder,
+    observers: Sequence[Observer] = (),
+    connect: Callable[[Experiment, Coordinator], Exchange] = in_process,
+) -> Ledger:
+    """Starts or goes on with the run of a folder until its last round; returns its ledger, open."""
+    with folder.locked():
+        ledger = reopen(folder, experiment) if folder.ledger.exists() else start(folder, experiment)
+        coordinator = Coordinator(ledger, experiment.replica(ledger.spec))
+        log = MetricsLog(folder, ledger)
+        try:
+            run_rounds(experiment, coordinator, lambda: connect(experiment, coordinator), [log, *observers])
+        finally:
+            log.close()
+        return ledger
+
+
+def best_round(ledger: Ledger) -> int:
+    """The number of rounds after which validation was best: highest accuracy, else lowest loss; the earliest of equals.
+
+    Raises:
+        RunError: the run has not been evaluated yet.
+    """
+    evaluations = ledger.evaluations("validation")
+    if not evaluations:
+        raise RunError(f"{ledger.path} has no evaluation on validation data yet")
+
+    def quality(rounds: int) -> float:
+        metrics = evaluations[rounds]
+        return metrics.get("accuracy", -metrics["loss"])
+
+    return max(sorted(evaluations), key=quality)
+
+
+def choose_round(ledger: Ledger, text: str) -> int:
+    """Rounds to replay from "last", "best" or a number."""
+    if text == "last":
+        return ledger.rounds
+    if text == "best":
+        return best_round(ledger)
+    if not text.isdecimal() or int(text) > ledger.rounds:
+        raise RunError(f'round {text!r}: wanted "last", "best" or a number up to {ledger.rounds}')
+    return int(text)
+
+
+def export(experiment: Experiment, ledger: Ledger, rounds: int, directory: Path) -> str:
+    """Replays a ledger onto the base model and saves the fine-tuned model; returns theta's digest."""
+    from fedzo.models import save_finetuned
+
+    replica = experiment.replica(ledger.spec)
+    replay(ledger, replica, rounds)
+    save_finetuned(experiment.loaded, experiment.space, replica.theta, directory)
+    return replica.digest().hex()

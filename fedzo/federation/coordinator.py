@@ -1,0 +1,340 @@
+"""The server's side of the protocol: samples clients, checks what they answer, commits rounds. Knows no transport."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedzo.errors import LedgerError, ProtocolError
+from fedzo.federation.aggregation import AGGREGATORS
+from fedzo.federation.ledger import NO_DIGEST, Ledger, LedgerRound
+from fedzo.federation.messages import (
+    Behind,
+    CatchUp,
+    Contribution,
+    Failure,
+    Hello,
+    Plan,
+    RoundRecords,
+    decode,
+    max_contribution_bytes,
+)
+from fedzo.federation.randomness import bernoulli, choose, derive, pool_seeds, round_seeds
+from fedzo.federation.replica import Replica
+from fedzo.federation.spec import PROTOCOL
+from fedzo.optimizers import Seeds
+from fedzo.registry import lookup
+
+
+@dataclass
+class Member:
+    """What the coordinator knows of a registered client.
+
+    Attributes:
+        examples: its example count at the handshake, which every contribution must repeat.
+        applied: rounds that it is known to have applied.
+        needs_initial: its theta0 differs in the values that the base model does not have.
+    """
+
+    examples: int
+    applied: int = 0
+    needs_initial: bool = False
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """What happened in a round; kept beside the ledger, not hashed.
+
+    Attributes:
+        round: from 0.
+        sampled, accepted: clients asked, and contributions that became records.
+        dropped: reason -> contributions dropped.
+        loss: mean of the accepted clients' losses, None when the round missed its quorum.
+        bytes_down, bytes_up: payload to and from all clients.
+        scalars: records written.
+        max_scalar: largest magnitude among them.
+    """
+
+    round: int
+    sampled: int
+    accepted: int
+    dropped: dict[str, int]
+    loss: float | None
+    bytes_down: int
+    bytes_up: int
+    scalars: int
+    max_scalar: float
+
+
+@dataclass
+class _Open:
+    """The round in flight."""
+
+    round: int
+    seeds: dict[int, Seeds]
+    contributions: dict[int, Contribution] = field(default_factory=dict)
+    answered: set[int] = field(default_factory=set)
+    dropped: Counter[str] = field(default_factory=Counter)
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+class Coordinator:
+    """Runs the rounds of a ledger.
+
+    Args:
+        ledger: opened for writing; the rounds it holds are replayed at once.
+        replica: the server's own theta, before the first round.
+
+    Raises:
+        LedgerError: theta0 is not the ledger's, or a recorded digest differs from the replay's.
+    """
+
+    def __init__(self, ledger: Ledger, replica: Replica) -> None:
+        self.ledger, self.replica, self.spec = ledger, replica, ledger.spec
+        self._aggregate = lookup(AGGREGATORS, self.spec.aggregation, "aggregation")
+        self._pool = pool_seeds(self.spec.seed, self.spec.pool_size) if self.spec.seeds == "pool" else None
+        self.members: dict[int, Member] = {}
+        self._open: _Open | None = None
+        self._tails: dict[int, CatchUp] = {}
+        replay(ledger, replica)
+        self._sizes = [0]  # bytes of the records of the first 0, 1, ... rounds
+        for entry in ledger.read():
+            self._sizes.append(self._sizes[-1] + RoundRecords(entry.seeds, entry.scalars).nbytes)
+
+    @property
+    def finished(self) -> bool:
+        return self.ledger.rounds >= self.spec.rounds
+
+    def admit(self, hello: Hello) -> None:
+        """Registers a client.
+
+        Raises:
+            ProtocolError: a field differs that must be equal; the message names it.
+        """
+        for name, wanted in (
+            ("protocol", PROTOCOL),
+            ("fingerprint", self.spec.fingerprint),
+            ("space_hash", self.spec.space_hash),
+            ("family", self.spec.family),
+            ("theta_dtype", self.spec.theta_dtype),
+        ):
+            found = getattr(hello, name)
+            if found != wanted:
+                raise ProtocolError(f"client {hello.client} refused: its {name} is {found!r}, the run's is {wanted!r}")
+        if not 0 <= hello.client < self.spec.clients:
+            raise ProtocolError(f"client {hello.client} refused: the run has the clients 0 to {self.spec.clients - 1}")
+        if hello.examples < 1:
+            raise ProtocolError(f"client {hello.client} refused: it has no examples")
+        differs = hello.theta0 != self.spec.theta0
+        if differs and not self.spec.initial:
+            raise ProtocolError(
+                f"client {hello.client} refused: its theta0 is {hello.theta0!r}, the run's is {self.spec.theta0!r}"
+            )
+        self.members[hello.client] = Member(hello.examples, needs_initial=differs)
+
+    def open_round(self) -> list[Plan]:
+        """Samples clients among the registered ones and makes their plans; an earlier unfinished round is forgotten."""
+        spec, round_ = self.spec, self.ledger.rounds
+        if self.finished:
+            raise ProtocolError(f"the run has all its {spec.rounds} rounds")
+        known = sorted(self.members)
+        place = derive(spec.seed, "sampling", round_)
+        if spec.client_rate > 0.0:
+            picked = bernoulli(place, len(known), spec.client_rate)
+        else:
+            picked = choose(place, len(known), spec.clients_per_round or len(known))
+        shape = (spec.local_steps, spec.queries)
+        seeds = {
+            known[i]: round_seeds(spec.seed, spec.seeds, round_, known[i], shape, self._pool) for i in picked.tolist()
+        }
+        self._open, self._tails = _Open(round_, seeds), {}
+        return [self._plan(client) for client in seeds]
+
+    def _plan(self, client: int) -> Plan:
+        assert self._open is not None
+        spec, member, round_ = self.spec, self.members[client], self._open.round
+        digest = self.replica.digest() if round_ == 0 or spec.has_digest(round_ - 1) else NO_DIGEST
+        catch_up = self._catch_up(member.applied)
+        initial = self.ledger.artifact(spec.initial) if member.needs_initial and member.applied == 0 else b""
+        plan = Plan(
+            spec.run_id, round_, client, self._open.seeds[client], spec.eps, spec.batch_size, digest, catch_up, initial
+        )  # fmt: skip
+        self._open.bytes_down += len(plan.to_bytes())
+        return plan
+
+    def _catch_up(self, applied: int) -> CatchUp:
+        """The cheaper of the missed records and a snapshot."""
+        if applied not in self._tails:
+            now = self.ledger.rounds
+            if applied == now:
+                caught = CatchUp("none", applied, now)
+            elif self._sizes[now] - self._sizes[applied] > self.replica.rule.snapshot_bytes(self.spec.size):
+                state = self.replica.rule.snapshot(self.replica.theta, self.replica.state)
+                caught = CatchUp("snapshot", applied, now, snapshot=state)
+            else:
+                tail = tuple(RoundRecords(entry.seeds, entry.scalars) for entry in self.ledger.read(applied))
+                caught = CatchUp("records", applied, now, tail)
+            self._tails[applied] = caught
+        return self._tails[applied]
+
+    def receive(self, client: int, data: bytes) -> Plan | None:
+        """Takes a client's answer; what is wrong is dropped and counted.
+
+        Args:
+            client: whom the transport says it comes from.
+            data: the message.
+
+        Returns:
+            A new plan for the client when it turned out to stand further behind than the catch-up reached, else None.
+        """
+        current = self._open
+        if current is None:
+            return None
+        current.bytes_up += len(data)
+        reason: str | None
+        try:
+            if len(data) > max_contribution_bytes(self.spec.local_steps, self.spec.queries):
+                raise ProtocolError("longer than any right message")
+            message = decode(data)
+        except ProtocolError:
+            reason = "malformed"
+        else:
+            if isinstance(message, Behind) and self._fault(client, message) is None:
+                member = self.members[client]
+                if message.applied < member.applied:
+                    member.applied = message.applied
+                    return self._plan(client)
+                reason = "behind"
+            elif isinstance(message, Plan):
+                reason = "malformed"
+            else:
+                reason = self._fault(client, message)
+                if reason is None and isinstance(message, Failure):
+                    reason = message.reason
+                    self.members[client].applied = 0
+        if reason is None:
+            assert isinstance(message, Contribution)
+            current.contributions[client] = message
+            self.members[client].applied = current.round
+        else:
+            current.dropped[reason] += 1
+        if client in current.seeds and reason not in ("duplicate", "late", "wrong-run", "malformed"):
+            current.answered.add(client)
+        return None
+
+    def lost(self, client: int) -> None:
+        """Counts a client whose answer did not come: the transport gave up on it."""
+        if self._open is not None and client in self._open.seeds and client not in self._open.answered:
+            self._open.dropped["no-reply"] += 1
+            self._open.answered.add(client)
+
+    def _fault(self, client: int, message: Contribution | Behind | Failure) -> str | None:
+        """Why a message must be dropped, or None."""
+        current = self._open
+        assert current is not None
+        if message.run_id != self.spec.run_id:
+            return "wrong-run"
+        if client not in current.seeds or message.client != client:
+            return "not-asked"
+        if message.round != current.round:
+            return "late"
+        if client in current.contributions:
+            return "duplicate"
+        return self._content_fault(client, message) if isinstance(message, Contribution) else None
+
+    def _content_fault(self, client: int, message: Contribution) -> str | None:
+        assert self._open is not None
+        wanted = self._open.seeds[client]
+        if message.seeds.shape != wanted.shape:
+            return "shape"
+        if not np.array_equal(message.seeds, wanted):
+            return "seeds"
+        if message.examples != self.members[client].examples:
+            return "examples"
+        if not np.isfinite(message.scalars).all() or not np.isfinite(message.loss):
+            return "not-finite"
+        if np.abs(message.scalars).max() > self.spec.scalar_bound:
+            return "bound"
+        return None
+
+    def close_round(self) -> RoundSummary:
+        """Aggregates, applies, commits. Below its quorum a round is committed without records and moves nothing.
+
+        Raises:
+            LedgerError: the commit failed; the replica is then one round ahead of the ledger and must not be used.
+        """
+        current, spec = self._open, self.spec
+        if current is None:
+            raise ProtocolError("no round is open")
+        for client in current.seeds:
+            self.lost(client)
+        clients = sorted(current.contributions)
+        if len(clients) < spec.quorum:
+            if clients:
+                current.dropped["quorum"] += len(clients)
+            clients = []
+        contributions = [current.contributions[client] for client in clients]
+        seeds, scalars = self._combine(contributions)
+        entry = LedgerRound(current.round, seeds, scalars, tuple(clients), NO_DIGEST)
+        self.replica.apply([entry.records()])
+        if spec.has_digest(current.round):
+            entry = LedgerRound(current.round, seeds, scalars, tuple(clients), self.replica.digest())
+        summary = RoundSummary(
+            round=current.round,
+            sampled=len(current.seeds),
+            accepted=len(clients),
+            dropped=dict(sorted(current.dropped.items())),
+            loss=float(np.mean([c.loss for c in contributions])) if contributions else None,
+            bytes_down=current.bytes_down,
+            bytes_up=current.bytes_up,
+            scalars=int(scalars.size),
+            max_scalar=float(np.abs(scalars).max()) if scalars.size else 0.0,
+        )
+        self.ledger.append(entry, vars(summary))
+        self._sizes.append(self._sizes[-1] + RoundRecords(seeds, scalars).nbytes)
+        self._open = None
+        return summary
+
+    def _combine(self, contributions: Sequence[Contribution]) -> tuple[Seeds, Any]:
+        """The records [K, R] of a round: one mean scalar a seed, or every client's own seeds with weighted scalars."""
+        spec = self.spec
+        if not contributions:
+            shape = (spec.local_steps, 0)
+            return np.empty(shape, dtype=np.uint64), np.empty(shape, dtype=np.float32)
+        counts = np.array([c.examples for c in contributions], dtype=np.float64)
+        weights = counts / counts.sum()
+        stacked = np.stack([c.scalars.astype(np.float64) for c in contributions])
+        if spec.seeds == "shared":
+            combined = self._aggregate(stacked, weights, spec.trim)
+            return contributions[0].seeds, combined.astype(np.float32)
+        if spec.aggregation == "uniform":
+            weights = np.full(len(contributions), 1.0 / len(contributions))
+        scaled = stacked * weights[:, None, None]
+        own = np.concatenate([c.seeds for c in contributions], axis=1)
+        return own, np.concatenate(list(scaled), axis=1).astype(np.float32)
+
+
+def replay(ledger: Ledger, replica: Replica, rounds: int | None = None) -> None:
+    """Applies the first `rounds` rounds of a ledger (None: all) to a fresh replica, checking chain and last digest.
+
+    Raises:
+        LedgerError: theta0 is not the ledger's, the ledger is damaged, or theta's digest is not the recorded one.
+    """
+    spec = ledger.spec
+    stop = ledger.rounds if rounds is None else rounds
+    if not 0 <= stop <= ledger.rounds:
+        raise LedgerError(f"{ledger.path} has {ledger.rounds} rounds; {stop} cannot be replayed")
+    if replica.digest().hex() != spec.theta0 and spec.initial:
+        replica.reset(ledger.artifact(spec.initial))
+    if replica.digest().hex() != spec.theta0:
+        raise LedgerError(
+            f"theta0 of this base model has the digest {replica.digest().hex()[:12]}, the ledger's is {spec.theta0[:12]}: "
+            "the ledger belongs to another model or space"
+        )
+    entries = list(ledger.read(0, stop if stop < ledger.rounds else None))
+    replica.apply(entry.records() for entry in entries)
+    if entries and any(entries[-1].digest) and replica.digest() != entries[-1].digest:
+        raise LedgerError(f"{ledger.path}: replaying {stop} rounds gives another theta than the digest recorded there")

@@ -1,0 +1,169 @@
+"""The folder of a run: config.toml, ledger.sqlite, metrics.jsonl, TensorBoard events, plots.
+
+The ledger is the truth; metrics.jsonl and the events are written along for other tools and made anew on resume.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedzo.config import Config, load_config, to_toml
+from fedzo.errors import RunError
+from fedzo.federation.coordinator import RoundSummary
+from fedzo.federation.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.sqlite"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "tensorboard"
+
+    @staticmethod
+    def create(path: Path, config: Config) -> "RunFolder":
+        """A new folder with its configuration.
+
+        Raises:
+            RunError: the folder already holds a run, or cannot be written.
+        """
+        folder = RunFolder(path)
+        if folder.ledger.exists():
+            raise RunError(f"{path} already holds a run; `fedzo resume {path}` goes on with it, or choose another --out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder.config, to_toml(config))
+        except OSError as error:
+            raise RunError(f"cannot write the run folder {path}: {error.strerror}") from error
+        return folder
+
+    @staticmethod
+    def open(path: Path) -> "RunFolder":
+        """An existing run's folder, also by the path of its ledger.
+
+        Raises:
+            RunError: there is no run.
+        """
+        folder = RunFolder(path.parent if path.name == "ledger.sqlite" else path)
+        if not folder.ledger.is_file():
+            raise RunError(f"{path} is no run: it has no ledger.sqlite")
+        return folder
+
+    def load_config(self) -> Config:
+        return load_config(self.config)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for one process.
+
+        Raises:
+            RunError: another process runs it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"{self.path} is being run by another process") from None
+            yield
+
+
+def new_run_path(config: Config, now: float | None = None) -> Path:
+    """runs/NAME, or runs/TASK-DATE-TIME."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    return Path("runs") / (config.name or f"{config.task.name}-{stamp}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that it is either the old or the new one, never half."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events: one line a round, one an evaluation."""
+
+    def __init__(self, folder: RunFolder, ledger: Ledger) -> None:
+        """Opens the log at where the ledger stands: lines that a crash lost or left too much are made right."""
+        self._path = folder.metrics
+        lines = [_round_line(summary) for summary in ledger.summaries()]
+        lines += [
+            _evaluation_line(rounds, split, metrics)
+            for split in ("validation", "test")
+            for rounds, metrics in ledger.evaluations(split).items()
+        ]
+        try:
+            write_atomically(self._path, "".join(lines))
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write {self._path}: {error.strerror}") from error
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder.events), purge_step=ledger.rounds + 1 if ledger.rounds else None)
+        except ImportError:
+            self._board = None  # the extra "plots" is not installed
+
+    def round(self, summary: RoundSummary) -> None:
+        self._write(_round_line(vars(summary)))
+        if self._board is not None:
+            scalars = {"loss": summary.loss, "accepted": summary.accepted, "dropped": sum(summary.dropped.values()),
+                       "bytes_up": summary.bytes_up, "bytes_down": summary.bytes_down, "max_scalar": summary.max_scalar}  # fmt: skip
+            for name, value in scalars.items():
+                if value is not None:
+                    self._board.add_scalar(f"round/{name}", value, summary.round + 1)
+
+    def evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:
+        self._write(_evaluation_line(rounds, split, metrics))
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(f"{split}/{name}", value, rounds)
+
+    def _write(self, line: str) -> None:
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self._path}: {error.strerror}; committed rounds are intact: free space, then `fedzo resume`"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _round_line(summary: Mapping[str, Any]) -> str:
+    return json.dumps({"event": "round", **summary}) + "\n"
+
+
+def _evaluation_line(rounds: int, split: str, metrics: Mapping[str, float]) -> str:
+    return json.dumps({"event": "evaluation", "rounds": rounds, "split": split, **metrics}) + "\n"

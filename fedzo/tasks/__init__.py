@@ -1,0 +1,41 @@
+"""Tasks: prompts and verbalisers, encoded data sets, data loading, partitions, metrics."""
+
+from fedzo.tasks.data import Splits, load_splits
+from fedzo.tasks.dataset import EncodedDataset
+from fedzo.tasks.metrics import (
+    accuracy,
+    class_f1,
+    confusion,
+    correct,
+    macro_f1,
+    mean_loss,
+    perplexity,
+    predictions,
+    scored_tokens,
+)
+from fedzo.tasks.partition import PARTITIONERS, partition
+from fedzo.tasks.prompts import TASKS, Example, TaskSpec, task_spec
+from fedzo.tasks.tasks import Task, build_task
+
+__all__ = [
+    "PARTITIONERS",
+    "TASKS",
+    "EncodedDataset",
+    "Example",
+    "Splits",
+    "Task",
+    "TaskSpec",
+    "accuracy",
+    "build_task",
+    "class_f1",
+    "confusion",
+    "correct",
+    "load_splits",
+    "macro_f1",
+    "mean_loss",
+    "partition",
+    "perplexity",
+    "predictions",
+    "scored_tokens",
+    "task_spec",
+]

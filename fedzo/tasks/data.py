@@ -1,0 +1,291 @@
+"""Examples from files and hubs, checked, in three splits that are kept apart."""
+
+import csv
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedzo.directions import philox
+from fedzo.errors import DataError
+from fedzo.tasks.prompts import Example, TaskSpec
+
+Located = list[tuple[str, Example]]  # each example with where it comes from: file and line, for messages
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples to train on, to select on and to report on; each has its class index in "label".
+
+    Attributes:
+        train_in_test, validation_in_test, train_in_validation: how many examples of the first split have the same
+            text (all of the task's columns) as one of the second: a warning to show, they are kept.
+    """
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    train_in_test: int
+    validation_in_test: int
+    train_in_validation: int
+
+
+def permutation(seed: int, count: int) -> npt.NDArray[np.int64]:
+    """The numbers below `count` in random order, a function of `seed` alone (a stable sort of Philox words)."""
+    return np.argsort(philox.words(seed, count), kind="stable").astype(np.int64)
+
+
+def load_splits(
+    source: str,
+    spec: TaskSpec,
+    *,
+    train: str = "train",
+    validation: str = "",
+    test: str = "test",
+    validation_fraction: float = 0.05,
+    seed: int = 0,
+    limit: int = 0,
+    validation_limit: int = 0,
+) -> Splits:
+    """Load, check and split the examples of a task.
+
+    Args:
+        source: "embedded", a local directory, a single local file (which is then `train`), or a data set's name on
+            the hub, with its configuration after a slash where it has several ("glue/sst2", "owner/name/config").
+        spec: the task, whose columns and labels are checked in every example.
+        train, validation, test: splits of a hub data set, or files: relative to the directory, with or without their
+            ending (.jsonl, .json, .csv, .tsv, .parquet, and .txt for language modelling, where a paragraph is a
+            document). Empty validation: a part of train, which is removed from train (the embedded data has its
+            own). Empty test: none.
+        validation_fraction: that part, between 0 and 1.
+        seed: decides which part, and which examples a limit leaves.
+        limit: training examples at most, a random choice in the file's order; 0: all.
+        validation_limit: the same for validation.
+
+    Raises:
+        DataError: nothing there, unreadable or empty, a column or text missing, an unknown label, or the same file
+            or content named for two splits.
+    """
+    load, names = _opened(source, train, validation, test)
+    given = [name for name in names if name]
+    if len(set(given)) != len(given):
+        raise DataError(
+            f"train, validation and test must differ, but are {', '.join(map(repr, names))}; leave validation empty to "
+            "select on a part of train"
+        )
+    shown = [name if Path(name).is_absolute() else f"{source}, split {name}" for name in names]
+    parts = [_checked(load(name), spec, show) if name else [] for name, show in zip(names, shown, strict=True)]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        if parts[first] and parts[first] == parts[second]:
+            raise DataError(f"{source}: {names[first]!r} and {names[second]!r} hold the same examples; change one")
+    training, selection, report = parts
+    order = permutation(seed, len(training))
+    if not names[1]:
+        count = math.ceil(validation_fraction * len(training))
+        if not 0 < count < len(training):
+            raise DataError(
+                f"{source}: validation_fraction {validation_fraction} of {len(training)} training examples leaves "
+                "train or validation empty; name a validation file, or set a fraction between 0 and 1 that fits"
+            )
+        selection = [training[i] for i in np.sort(order[:count])]
+        order = order[count:]
+    training = [training[i] for i in np.sort(order[:limit] if limit else order)]
+    if validation_limit and validation_limit < len(selection):
+        selection = [selection[i] for i in np.sort(permutation(seed, len(selection))[:validation_limit])]
+    keys = [[tuple(example[column] for column in spec.columns) for example in p] for p in (training, selection, report)]
+    seen = [set(part) for part in keys]
+    return Splits(
+        training,
+        selection,
+        report,
+        train_in_test=sum(key in seen[2] for key in keys[0]),
+        validation_in_test=sum(key in seen[2] for key in keys[1]),
+        train_in_validation=sum(key in seen[1] for key in keys[0]),
+    )
+
+
+def _opened(source: str, train: str, validation: str, test: str) -> tuple[Callable[[str], Located], list[str]]:
+    """How a split of `source` is loaded by its name, and the names of the three splits."""
+    if source == "embedded":
+        folder = Path(__file__).resolve().parents[1] / "embedded" / "data"
+        names = [train, validation or "validation", test]
+        return _read, [str(_find(folder, name)) if name else "" for name in names]
+    path = Path(source).expanduser()
+    if path.is_file():
+        path, train = path.parent, path.name
+    if path.is_dir():
+        names = [train, validation, test]
+        return _read, [str(_find(path, name)) if name else "" for name in names]
+    if source.startswith((".", "/", "~")) or path.suffix in _READERS:
+        near = ", ".join(_nearest(path.name, path.parent)) or "nothing"
+        raise DataError(f"there is no directory or file {source}; near it there is {near}")
+    return _hub(source), [train, validation, test]
+
+
+def _nearest(name: str, folder: Path) -> list[str]:
+    """The names in a folder that are most like `name`."""
+    present = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return difflib.get_close_matches(name, present, 3, 0.4) or present[:5]
+
+
+def _find(folder: Path, name: str) -> Path:
+    """The data file called `name` in `folder`, with or without its ending."""
+    exact = folder / name
+    if exact.is_file():
+        found = [exact]
+    else:
+        found = [path for suffix in _READERS if (path := folder / f"{name}{suffix}").is_file()]
+    if not found:
+        near = ", ".join(_nearest(name, folder)) or "nothing"
+        raise DataError(f"{folder}: there is no data file {name!r}; near it there is {near}. Set its name")
+    if len(found) > 1:
+        raise DataError(f"{folder}: {name!r} may be {' or '.join(path.name for path in found)}; give it in full")
+    if found[0].suffix.lower() not in _READERS:
+        raise DataError(f"{found[0]}: unknown kind of file; known: {', '.join(_READERS)}")
+    return found[0].resolve()
+
+
+def _read(name: str) -> Located:
+    """The examples of a file."""
+    path = Path(name)
+    try:
+        return [(f"{path}, {place}", example) for place, example in _READERS[path.suffix.lower()](path)]
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text; save it in that encoding") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or type(error).__name__}") from None
+
+
+def _checked(located: Located, spec: TaskSpec, name: str) -> list[Example]:
+    """The examples with their class index as "label"; documents without text are left out in language modelling."""
+    if not spec.classes:
+        blank = {"", None}
+        located = [(place, e) for place, e in located if not any(_blank(e.get(c, "-"), blank) for c in spec.columns)]
+    if not located:
+        raise DataError(f"{name} has no examples; name a file or split that has some")
+    examples: list[Example] = []
+    for place, example in located:
+        try:
+            spec.check(example)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
+        examples.append({**example, "label": spec.label(example)} if spec.classes else example)
+    return examples
+
+
+def _blank(value: Any, blank: set[str | None]) -> bool:
+    return (value.strip() if isinstance(value, str) else value) in blank
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Example]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                example = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+            if not isinstance(example, dict):
+                raise DataError(f"{path}, line {number}: must be a JSON object with named columns")
+            yield f"line {number}", example
+
+
+def _json(path: Path) -> Iterator[tuple[str, Example]]:
+    try:
+        examples = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}); a file with one object a line must end in .jsonl"
+        ) from None
+    if not isinstance(examples, list) or not all(isinstance(example, dict) for example in examples):
+        raise DataError(f"{path}: must be a list of JSON objects with named columns")
+    yield from ((f"example {number}", example) for number, example in enumerate(examples, 1))
+
+
+def _table(path: Path) -> Iterator[tuple[str, Example]]:
+    """CSV with quotes, or TSV without: in published TSV files a quote is a character of the text."""
+    tsv = path.suffix.lower() == ".tsv"
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else csv.reader(file)
+        try:
+            header = next(rows, [])
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise DataError(
+                        f"{path}, line {rows.line_num}: has {len(row)} fields, but the header names {len(header)}"
+                    )
+                if row:
+                    yield f"line {rows.line_num}", dict(zip(header, row, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path}, line {rows.line_num}: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Example]]:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    try:
+        examples = parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file ({type(error).__name__})") from None
+    yield from ((f"row {number}", example) for number, example in enumerate(examples, 1))
+
+
+def _text(path: Path) -> Iterator[tuple[str, Example]]:
+    """Paragraphs, which blank lines part."""
+    paragraph: list[str] = []
+    start = 1
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate([*lines, ""], 1):
+            if line.strip():
+                start = start if paragraph else number
+                paragraph.append(line)
+            elif paragraph:
+                yield f"line {start}", {"text": "".join(paragraph)}
+                paragraph = []
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Example]]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _table,
+    ".tsv": _table,
+    ".parquet": _parquet,
+    ".txt": _text,
+}
+
+
+def _hub(source: str) -> Callable[[str], Located]:
+    """How a split of a hub data set is loaded: "name", "owner/name", "name/config" or "owner/name/config"."""
+    from datasets import get_dataset_split_names, load_dataset
+
+    owner_name, _, config = source.rpartition("/")
+    forms: list[tuple[str, ...]] = [(source,)] if source.count("/") < 2 else []
+    forms += [(owner_name, config)] if owner_name else []
+
+    def load(split: str) -> Located:
+        reason = ""
+        for form in forms:
+            try:
+                data = load_dataset(*form, split=split)
+                return [(f"{source}, {split}, row {number}", dict(row)) for number, row in enumerate(data, 1)]
+            except ValueError as error:  # the data set is there, its split or configuration is not
+                reason = str(error).splitlines()[0]
+                if "split" in reason.lower():
+                    names = ", ".join(get_dataset_split_names(*form))
+                    raise DataError(f"data set {source!r} has no split {split!r}; it has {names}") from None
+            except Exception as error:  # the hub's client raises many kinds: not found, offline, gated, no network
+                reason = reason or f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise DataError(
+            f"{source!r} is no local directory, and cannot be loaded from the hub: {reason}. Give the path of a "
+            "directory with your files, or check the name and the network"
+        )
+
+    return load

@@ -1,0 +1,101 @@
+"""Scores of candidates and per-example losses, in float32, with the language-model head at answer positions only."""
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedzo.evaluation.batch import Batch, TokenTargets
+
+
+def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Length-normalised log-probabilities of every example's candidates.
+
+    Args:
+        model: a causal or masked language model with ``get_output_embeddings()``, or, for a batch without targets, a
+            module that returns class logits (a tensor or an output with ``.logits``).
+        batch: on the model's device.
+
+    Returns:
+        [B, C] float32: the mean over a candidate's tokens of log p(token); -inf where an example has no such
+        candidate. Class logits [B, C] when the batch has no targets. A row's scores do not depend on other rows.
+    """
+    if batch.targets is None:
+        return _logits(model(**batch.inputs)).float()
+    targets = batch.targets
+    length = batch.inputs["input_ids"].shape[1]
+    places, which = torch.unique(targets.rows * length + targets.positions, return_inverse=True)
+    logits = _logits_at(model, batch.inputs, places // length, places % length)
+    log_probabilities = functional.log_softmax(logits.float(), dim=-1)[which, targets.tokens]
+    return _means(log_probabilities, targets, len(batch))
+
+
+def losses_from_scores(scores: Tensor, labels: Tensor) -> Tensor:
+    """[B] float32: cross-entropy of the softmax over candidates, or -score when there is one candidate only."""
+    if scores.shape[1] == 1:
+        return -scores[:, 0]
+    return functional.cross_entropy(scores, labels, reduction="none")
+
+
+def _means(values: Tensor, targets: TokenTargets, examples: int) -> Tensor:
+    """Mean of the [N] values by candidate, [B, C]. A padded row each, so that no sum depends on atomics."""
+    total = examples * targets.num_candidates
+    order = torch.argsort(targets.candidates, stable=True)
+    groups = targets.candidates[order]
+    counts = torch.bincount(groups, minlength=total)
+    rank = torch.arange(len(groups), device=groups.device) - (torch.cumsum(counts, 0) - counts)[groups]
+    table = values.new_zeros(total, max(1, int(counts.max())))
+    table[groups, rank] = values[order]
+    means = torch.where(counts > 0, table.sum(1) / counts, -torch.inf)
+    return means.view(examples, targets.num_candidates)
+
+
+def _logits_at(model: nn.Module, inputs: dict[str, Tensor], rows: Tensor, positions: Tensor) -> Tensor:
+    """[N, V] logits at the (row, position) pairs; the output embedding sees only those where it can be found."""
+    from_end = positions - inputs["input_ids"].shape[1]  # adapters may put virtual tokens in front of the text
+    selected = False
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal selected
+        if not (args and isinstance(args[0], Tensor) and args[0].dim() == 3):
+            return None
+        hidden = args[0]
+        if hidden.shape[0] != inputs["input_ids"].shape[0] or hidden.shape[1] < inputs["input_ids"].shape[1]:
+            return None
+        selected = True
+        return (hidden[rows, hidden.shape[1] + from_end].unsqueeze(0), *args[1:])
+
+    head = _output_embeddings(model)
+    handle = None if head is None else head.register_forward_pre_hook(select)
+    try:
+        keywords = {"use_cache": False} if _knows_use_cache(_base_forward(model)) else {}
+        logits = _logits(model(**inputs, **keywords))
+    finally:
+        if handle is not None:
+            handle.remove()
+    return logits[0] if selected else logits[rows, logits.shape[1] + from_end]
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = None if getter is None else getter()
+    return head if isinstance(head, nn.Module) else None
+
+
+def _base_forward(model: nn.Module) -> Callable[..., Any]:
+    unwrap = getattr(model, "get_base_model", None)  # PEFT's wrappers take any keyword and pass it on
+    return type(model if unwrap is None else unwrap()).forward
+
+
+@lru_cache
+def _knows_use_cache(forward: Callable[..., Any]) -> bool:
+    return "use_cache" in inspect.signature(forward).parameters
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits

@@ -1,0 +1,168 @@
+"""What is trainable and in which order: names, shapes and places in the flat vector theta."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from fedzo.errors import SpaceError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One parameter's part of theta.
+
+    Attributes:
+        name: the parameter's name in ``model.named_parameters()``; a tied parameter has one segment.
+        shape: the parameter's shape.
+        offset: index in theta of the segment's first entry.
+        size: number of entries of theta that belong to it.
+        indices: [size] int64, sorted flat indices of the trainable entries; None when all are.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+    indices: Tensor | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class TrainableSpace:
+    """An ordered set of trainable entries of a model; theta is their flat float32 vector of ``size`` entries.
+
+    ``hash`` is a SHA-256 over names, shapes and indices: equal spaces have equal hashes however they were built.
+    """
+
+    kind: str
+    segments: tuple[Segment, ...]
+    size: int
+    hash: str
+
+    def theta0(self, model: nn.Module) -> Tensor:
+        """The model's present values: a new [size] float32 tensor on the model's device."""
+        parameters = self.parameters(model)
+        with torch.no_grad():
+            return torch.cat([_gather(parameters[s.name], s).float() for s in self.segments])
+
+    def write(self, model: nn.Module, theta: Tensor) -> None:
+        """Write theta into the model's parameters for good."""
+        self.check(theta)
+        parameters = self.parameters(model)
+        with torch.no_grad():
+            for segment in self.segments:
+                parameter = parameters[segment.name]
+                values = theta[segment.offset : segment.offset + segment.size].to(parameter.device, parameter.dtype)
+                if segment.indices is None:
+                    parameter.copy_(values.view(segment.shape))
+                else:
+                    flat = parameter.detach().reshape(-1)
+                    parameter.copy_(flat.index_copy(0, segment.indices.to(flat.device), values).view(segment.shape))
+
+    def bind(self, model: nn.Module, theta: Tensor) -> None:
+        """Make the model's dense float32 parameters views of theta, which saves one copy in memory.
+
+        Afterwards the parameters follow theta; sparse segments keep a storage of their own.
+        """
+        self.check(theta)
+        parameters = self.parameters(model)
+        for segment in self.segments:
+            parameter = parameters[segment.name]
+            if segment.indices is None and parameter.dtype == torch.float32 and parameter.device == theta.device:
+                parameter.data = theta[segment.offset : segment.offset + segment.size].view(segment.shape)
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's parameters by segment name.
+
+        Raises:
+            SpaceError: a parameter is missing or has another shape: the space belongs to another model.
+        """
+        present = dict(model.named_parameters())
+        for segment in self.segments:
+            found = present.get(segment.name)
+            if found is None or tuple(found.shape) != segment.shape:
+                state = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+                raise SpaceError(
+                    f"the space needs parameter {segment.name} of shape {segment.shape}, which {state} in this model: "
+                    "build the space on the model it is used with"
+                )
+        return {segment.name: present[segment.name] for segment in self.segments}
+
+    def check(self, theta: Tensor) -> None:
+        """Raise SpaceError unless theta is a contiguous float32 vector of this space's size."""
+        if theta.shape != (self.size,) or theta.dtype != torch.float32 or not theta.is_contiguous():
+            raise SpaceError(
+                f"theta has shape {tuple(theta.shape)} and dtype {theta.dtype}; "
+                f"this space wants a contiguous float32 vector of {self.size} entries"
+            )
+
+
+def full(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> TrainableSpace:
+    """All parameters whose name matches a pattern of ``include`` and none of ``exclude`` (fnmatch).
+
+    A tied parameter counts once; each of its names can match.
+
+    Raises:
+        SpaceError: no parameter matches, or a parameter is not of a floating type.
+    """
+    return build("full", [(name, shape, None) for name, shape in matching(model, include, exclude).items()])
+
+
+def adapter(model: nn.Module) -> TrainableSpace:
+    """What PEFT left trainable: every parameter with ``requires_grad``.
+
+    Raises:
+        SpaceError: nothing or everything is trainable, so that no adapter is there.
+    """
+    trainable = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    if len(trainable) in (0, len(dict(model.named_parameters()))):
+        raise SpaceError("the model has no adapter: add one first (lora, ia3, prefix or prompt)")
+    return build("adapter", [(name, shape, None) for name, shape in trainable.items()])
+
+
+def build(kind: str, parts: Iterable[tuple[str, tuple[int, ...], Tensor | None]]) -> TrainableSpace:
+    """The space of (name, shape, sorted flat indices or None) parts, laid out in the order of their names."""
+    segments: list[Segment] = []
+    digest = hashlib.sha256()
+    offset = 0
+    for name, shape, indices in sorted(parts, key=lambda part: part[0]):
+        size = math.prod(shape) if indices is None else indices.numel()
+        segments.append(Segment(name, shape, offset, size, indices))
+        digest.update(f"{name}\n{','.join(map(str, shape))}\n{'dense' if indices is None else size}\n".encode())
+        if indices is not None:
+            digest.update(indices.cpu().numpy().astype("<i8").tobytes())
+        offset += size
+    return TrainableSpace(kind, tuple(segments), offset, digest.hexdigest())
+
+
+def matching(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters that the patterns select; SpaceError when there is none."""
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+
+    def chosen(names: list[str]) -> bool:
+        def hit(patterns: Sequence[str]) -> bool:
+            return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+        return hit(include) and not hit(exclude)
+
+    found = {name: p for name, p in model.named_parameters() if chosen(aliases[id(p)])}
+    if not found:
+        example = next((name for name, _ in model.named_parameters()), "none")
+        raise SpaceError(
+            f"no parameter matches include={list(include)} exclude={list(exclude)}; a name in this model: {example}"
+        )
+    for name, parameter in found.items():
+        if not parameter.is_floating_point():
+            raise SpaceError(f"parameter {name} has dtype {parameter.dtype} and cannot be trained: exclude it")
+    return {name: tuple(p.shape) for name, p in found.items()}
+
+
+def _gather(parameter: Tensor, segment: Segment) -> Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat if segment.indices is None else flat[segment.indices.to(flat.device)]

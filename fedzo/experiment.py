@@ -180,6 +180,7 @@ class Experiment:
         return RunSpec(
             protocol=PROTOCOL,
             fingerprint=self.loaded.fingerprint,
+            parameters=sum(p.numel() for p in self.loaded.model.parameters()),
             space=self.space.kind,
             space_hash=self.space.hash,
             size=self.space.size,

@@ -66,8 +66,8 @@ class RunFolder:
             RunError: there is no run.
         """
         folder = RunFolder(path.parent if path.name == "ledger.sqlite" else path)
-        if not folder.ledger.is_file():
-            raise RunError(f"{path} is no run: it has no ledger.sqlite")
+        if not folder.config.is_file():
+            raise RunError(f"{path} is no run: it has no config.toml")
         return folder
 
     def load_config(self) -> Config:

@@ -105,16 +105,22 @@ class Ledger:
     @staticmethod
     def create(path: Path, spec: RunSpec, artifacts: Mapping[str, bytes] | None = None) -> "Ledger":
         """A new ledger with this header; artifacts are checked against the SHA-256 that names them."""
+        scratch = path.with_name(f".{path.name}.new")
+        scratch.unlink(missing_ok=True)
         try:
-            with sqlite3.connect(path) as db:
+            db = sqlite3.connect(scratch)
+            try:
                 db.executescript(_SCHEMA)
                 db.execute("INSERT INTO header VALUES (0, ?, 0, ?)", (spec.to_json(), spec.hash))
                 for name, data in (artifacts or {}).items():
                     if hashlib.sha256(data).hexdigest() != name:
                         raise LedgerError(f"artifact {name[:12]} does not have the hash that names it")
                     db.execute("INSERT INTO artifacts VALUES (?, ?)", (name, data))
-            db.close()
-        except sqlite3.Error as error:
+                db.commit()
+            finally:
+                db.close()
+            scratch.replace(path)  # a ledger is there whole or not at all
+        except (sqlite3.Error, OSError) as error:
             raise LedgerError(f"cannot create the ledger {path}: {error}") from error
         return Ledger(path, write=True)
 

@@ -24,7 +24,7 @@ class RunSpec:
 
     Attributes:
         protocol: version of messages and ledger.
-        fingerprint: of the base model.
+        fingerprint, parameters: identity of the base model, and its number of parameters.
         space, space_hash, size: kind, identity and number of entries of theta.
         theta_dtype: in which theta is kept.
         theta0: SHA-256 of theta before the first step.
@@ -43,6 +43,7 @@ class RunSpec:
 
     protocol: int
     fingerprint: str
+    parameters: int
     space: str
     space_hash: str
     size: int

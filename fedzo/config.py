@@ -180,6 +180,17 @@ class Config(Section):
             raise ValueError(f"method.warmup_steps is {method.warmup_steps}, not below the run's number of steps")
         return self
 
+    def resolved(self) -> "Config":
+        """With the local directories and files that exist as absolute paths, so that any process finds them."""
+
+        def absolute(text: str) -> str:
+            return str(Path(text).resolve()) if text and Path(text).exists() else text
+
+        model = self.model.model_copy(update={"source": absolute(self.model.source)})
+        data = self.data.model_copy(update={"source": absolute(self.data.source)})
+        space = self.space.model_copy(update={"mask": absolute(self.space.mask)})
+        return self.model_copy(update={"model": model, "data": data, "space": space})
+
     def experiment(self) -> str:
         """SHA-256 over what decides the run besides its ledger header: task, data and preparation of the model.
 
@@ -289,6 +300,21 @@ def to_toml(config: Config) -> str:
             lines += ["", f"[{section}]"]
         lines.append(f"{name or key} = {_toml_value(value)}")
     return "\n".join(lines) + "\n"
+
+
+def describe() -> str:
+    """Every key with its default and meaning, as TOML."""
+    lines = [f"{name} = {_toml_value(getattr(Config(), name))}  # {Config.model_fields[name].description}" for name in ("seed", "name")]
+    flat = flatten(Config())
+    for name, info in Config.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            lines += ["", f"# {section.__doc__}", f"[{name}]"]
+            lines += [
+                f"{key} = {_toml_value(flat[f'{name}.{key}'])}  # {field.description}"
+                for key, field in section.model_fields.items()
+            ]
+    return "\n".join(lines)
 
 
 def _toml_value(value: Scalar) -> str:

@@ -108,22 +108,20 @@ def start(folder: RunFolder, experiment: Experiment) -> Ledger:
     return Ledger.create(folder.ledger, spec, {spec.initial: experiment.initial} if spec.initial else None)
 
 
-def reopen(folder: RunFolder, experiment: Experiment) -> Ledger:
-    """A run's ledger, checked to be this experiment's.
+def check_same(ledger: Ledger, experiment: Experiment) -> None:
+    """Checks that a ledger is this experiment's.
 
     Raises:
         LedgerError: a field of the header differs; the message names it.
     """
-    ledger = Ledger(folder.ledger, write=True)
     wanted, found = vars(experiment.spec()), vars(ledger.spec)
     # theta0 may differ in what the ledger itself holds; the replay checks it.
     skip = {"theta0", "initial"} if ledger.spec.initial else set()
     for name, value in wanted.items():
         if name not in skip and found[name] != value:
             raise LedgerError(
-                f"{folder.ledger} belongs to another run: its {name} is {found[name]!r}, the configuration gives {value!r}"
+                f"{ledger.path} belongs to another run: its {name} is {found[name]!r}, model and config.toml give {value!r}"
             )
-    return ledger
 
 
 def run(
@@ -134,7 +132,8 @@ def run(
 ) -> Ledger:
     """Starts or goes on with the run of a folder until its last round; returns its ledger, open."""
     with folder.locked():
-        ledger = reopen(folder, experiment) if folder.ledger.exists() else start(folder, experiment)
+        ledger = Ledger(folder.ledger, write=True) if folder.ledger.exists() else start(folder, experiment)
+        check_same(ledger, experiment)
         coordinator = Coordinator(ledger, experiment.replica(ledger.spec))
         log = MetricsLog(folder, ledger)
         try:

@@ -5,12 +5,12 @@ Element i of a direction depends on the seed, the family and i alone (Philox4x32
 - ``rademacher``: z_i = +1 if the bit is set, else -1; block i // 128, word (i % 128) // 32, bit i % 32.
 - ``gaussian``: z_i = table[16 bits] (see ``normal``); block i // 8, word (i % 8) // 2, low half for even i.
 
-Tensors are 1-D, contiguous and float32; ``offset`` is the index of their first element in the direction, so that a
-part of a vector can be treated alone. Every step theta + c z is rounded to float32 twice, after the product and after the
-sum (c itself is rounded to float32 first). CPU tensors go through ``numba_cpu``, others through ``reference``; the two are bit-equal.
+Tensors are 1-D, contiguous and float32; ``offset`` is the index of their first element in the direction, so that a part
+of a vector can be treated alone. A step theta + c z is rounded to float32 after the product and again after the sum; c
+itself is rounded to float32 first. CPU tensors go through ``numba_cpu``, others through ``reference``: the same bits.
 
-All functions raise ConfigError for an unknown family or a seed outside [0, 2**64), RunError for a coefficient that is not
-finite in float32, and ValueError for tensors, arrays or offsets of the wrong kind.
+All functions raise ConfigError for an unknown family or a seed outside [0, 2**64), RunError for a coefficient that is
+not finite in float32, and ValueError for tensors, arrays or offsets of the wrong kind.
 """
 
 import math
@@ -85,7 +85,7 @@ def replay(
         )
     if seeds.ndim != 1 or seeds.shape != coefficients.shape:
         raise ValueError(
-            f"seeds and coefficients have shapes {seeds.shape} and {coefficients.shape}, but must be 1-D and of one length"
+            f"seeds and coefficients have shapes {seeds.shape} and {coefficients.shape}, but must be 1-D of one length"
         )
     finite = np.isfinite(coefficients)
     if not finite.all():
@@ -112,10 +112,8 @@ def _check_family(family: str) -> None:
 
 def _check_vector(name: str, tensor: Tensor, offset: int) -> None:
     if tensor.dtype != torch.float32 or tensor.ndim != 1 or not tensor.is_contiguous():
-        layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
-        raise ValueError(
-            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, {layout}, but must be torch.float32, 1-D and contiguous"
-        )
+        found = f"{tensor.dtype} of shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+        raise ValueError(f"{name} is {found}, but must be torch.float32, 1-D and contiguous")
     if not 0 <= offset <= MAX_OFFSET:
         raise ValueError(f"offset is {offset}, but must be at least 0 and at most 2**62")
 
@@ -140,4 +138,6 @@ def _coefficient(value: float) -> float:
 
 
 def _not_finite(name: str, value: float) -> RunError:
-    return RunError(f"{name} is {value}, but must be finite in float32: the run diverged; lower the learning rate or clip")
+    return RunError(
+        f"{name} is {value}, but must be finite in float32: the run diverged; lower the learning rate or clip"
+    )

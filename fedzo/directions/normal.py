@@ -1,8 +1,8 @@
 """The table behind gaussian directions: 65,536 equally likely values, so that a draw is a look-up and no logarithm.
 
-Value k is the standard normal quantile at (k + 0.5) / 65536, scaled so that the 65,536 values have variance 1, rounded to
-float32. Value 65535 - k is minus value k: the file holds only the upper, positive half. The largest value is 4.32, the
-kurtosis 2.998.
+Value k is the standard normal quantile at (k + 0.5) / 65536, scaled so that the 65,536 values have variance 1, rounded
+to float32. Value 65535 - k is minus value k: the file holds only the upper, positive half. The largest value is 4.325,
+the kurtosis 2.999.
 
 The file is part of the definition of a direction: libraries of mathematics differ in last bits, so it is shipped, not
 computed, and its hash is checked. ``python -m fedzo.directions.normal`` wrote it.

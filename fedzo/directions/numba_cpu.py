@@ -1,4 +1,5 @@
-"""Directions on the CPU: one compiled kernel over tiles that stay in the first-level cache, run by torch's thread count.
+# ruff: noqa: PLR0917 (kernels take flat arguments)
+"""Directions on the CPU: one compiled kernel over tiles that stay in the first-level cache, on torch's thread count.
 
 Arguments are those of ``fedzo.directions`` after its checks.
 """
@@ -21,9 +22,10 @@ from fedzo.directions import normal
 from fedzo.directions.philox import KEY_STEPS, MASK32, MULTIPLIERS, ROUNDS
 
 BLOCK = {"rademacher": 128, "gaussian": 8}  # elements of a direction in one Philox block of 4 words
-TILE = 1 << 12  # elements that take all records before the next tile: 16 KiB, half of a usual first-level cache
+# Elements that take all records before the next tile: 16 KiB of theta are half of a usual first-level cache; a Gaussian
+# direction shares it with its table.
+TILE = {"rademacher": 4096, "gaussian": 1024}
 CHUNK = 1 << 18  # elements that a thread takes at a time
-IN_PLACE, COPY, ZERO = 0, 1, 2  # what a sum starts from: the output's own values, those of another array, nothing
 
 M0, M1 = (np.uint64(multiplier) for multiplier in MULTIPLIERS)
 STEP0, STEP1 = (np.uint64(step) for step in KEY_STEPS)
@@ -44,32 +46,33 @@ def _jit(function: Callable[..., Any], signature: str | None = None) -> Any:
         return numba.njit(signature, **options)(function)
 
 
-@intrinsic  # type: ignore[misc]
-def _add_signs(typing: Any, array: Any, index: Any, word: Any, value: Any) -> Any:
-    """array[index + b] += value if bit b of word is set else -value, for b = 0..31; no bounds are checked.
+def _add_signs(typing: Any, out: Any, source: Any, index: Any, word: Any, value: Any) -> Any:
+    """out[i + b] = source[i + b] + (value if bit b of word is set else -value), b = 0..31; no bounds are checked.
 
     Written as LLVM vectors because a loop over the bits of a word is unrolled before it could be vectorised; with
     AVX-512 a word in memory serves directly as the mask of a blend.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array, index, word, value = arguments
+        out, source, index, word, value = arguments
         lanes = 32
+
+        def address(array_type: Any, array: Any) -> Any:
+            data = context.make_array(array_type)(context, builder, array).data
+            return builder.bitcast(builder.gep(data, [index]), ir.PointerType(ir.VectorType(ir.FloatType(), lanes)))
 
         def splat(scalar: Any) -> Any:
             none = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
             first = builder.insert_element(none, scalar, ir.Constant(ir.IntType(32), 0))
             return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
 
-        data = context.make_array(signature.args[0])(context, builder, array).data
-        pointer = builder.bitcast(builder.gep(data, [index]), ir.PointerType(ir.VectorType(ir.FloatType(), lanes)))
         is_set = builder.bitcast(word, ir.VectorType(ir.IntType(1), lanes))
         step = builder.select(is_set, splat(value), splat(builder.fneg(value)))
-        total = builder.fadd(builder.load(pointer, align=4), step)
-        builder.store(total, pointer, align=4)
+        total = builder.fadd(builder.load(address(signature.args[1], source), align=4), step)
+        builder.store(total, address(signature.args[0], out), align=4)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, types.uint32, types.float32), generate
+    return types.void(out, source, types.intp, types.uint32, types.float32), generate
 
 
 def _fill_words(words: Any, first: Any, count: Any, seed: Any) -> None:
@@ -89,54 +92,70 @@ def _fill_words(words: Any, first: Any, count: Any, seed: Any) -> None:
         words[4 * i + 3] = np.uint32(c3)
 
 
-def _add_rademacher(out: Any, words: Any, start: Any, stop: Any, base: Any, coefficient: Any) -> None:
-    """out[base + i] += coefficient * z_i for i in start ... stop - 1, z_i from bit i of words."""
-    whole_start = min(stop, (start + 31) // 32 * 32)
-    whole_stop = max(whole_start, stop // 32 * 32)
-    for i in range(start, whole_start):
-        out[base + i] += coefficient if (words[i // 32] >> np.uint32(i % 32)) & np.uint32(1) else -coefficient
-    for i in range(whole_start, whole_stop, 32):
-        _add_signs(out, base + i, words[i // 32], coefficient)
-    for i in range(whole_stop, stop):
-        out[base + i] += coefficient if (words[i // 32] >> np.uint32(i % 32)) & np.uint32(1) else -coefficient
+def _add_rademacher(out: Any, source: Any, words: Any, first: Any, c: Any) -> None:
+    """out[i] = source[i] + c z_i for all i, z_i from bit first + i of words."""
+    head = min(out.size, -first % 32)
+    whole = (out.size - head) // 32
+    for i in range(head):
+        out[i] = source[i] + (c if (words[(first + i) // 32] >> np.uint32((first + i) % 32)) & np.uint32(1) else -c)
+    for i in range(whole):
+        ADD_SIGNS(out, source, head + 32 * i, words[(first + 31) // 32 + i], c)
+    for i in range(head + 32 * whole, out.size):
+        out[i] = source[i] + (c if (words[(first + i) // 32] >> np.uint32((first + i) % 32)) & np.uint32(1) else -c)
 
 
-def _add_gaussian(out: Any, words: Any, start: Any, stop: Any, base: Any, coefficient: Any, table: Any) -> None:
-    """out[base + i] += coefficient * z_i for i in start ... stop - 1, z_i from half-word i of words, low half first."""
-    for i in range(start, stop):
-        half = (words[i // 2] >> np.uint32(16 * (i % 2))) & np.uint32(0xFFFF)
-        out[base + i] += coefficient * table[half]
+def _add_gaussian(out: Any, source: Any, words: Any, first: Any, c: Any, table: Any) -> None:
+    """out[i] = source[i] + c z_i for all i, z_i from half-word first + i of words, the low half of a word first."""
+    low, shift = np.uint32(0xFFFF), np.uint32(16)
+    head = min(out.size, first % 2)
+    whole = (out.size - head) // 2
+    if head:
+        out[0] = source[0] + c * table[words[first // 2] >> shift]
+    # Slices, so that indices count from 0: numba then need not ask whether they are negative.
+    whole_out, whole_source, whole_words = out[head:], source[head:], words[(first + 1) // 2 :]
+    for i in range(whole):
+        bits = whole_words[i]
+        even, odd = c * table[bits & low], c * table[bits >> shift]
+        whole_out[2 * i], whole_out[2 * i + 1] = whole_source[2 * i] + even, whole_source[2 * i + 1] + odd
+    if head + 2 * whole < out.size:
+        out[-1] = source[-1] + c * table[whole_words[whole] & low]
 
 
 def _accumulate(
-    out: Any, source: Any, begin: Any, offset: Any, seeds: Any, coefficients: Any, table: Any, block_size: Any
+    out: Any,
+    source: Any,
+    offset: Any,
+    seeds: Any,
+    coefficients: Any,
+    table: Any,
+    block_size: Any,
+    tile_size: Any,
 ) -> None:
-    """out = (out, source or 0, by ``begin``) + the sum over records, in their order, of coefficient * z[offset : ...].
+    """out = source + coefficient * z[offset : offset + n] of each record in order; source is out or apart from it.
 
     A Rademacher direction has block_size 128, a Gaussian one 8 and a table.
     """
-    words = np.empty(TILE // block_size * 4, np.uint32)
-    first_block = offset // block_size
-    for tile in range(first_block * block_size, offset + out.size, TILE):
-        start, stop = max(0, offset - tile), min(TILE, offset + out.size - tile)
-        base = tile - offset
-        if begin == COPY:
-            out[base + start : base + stop] = source[base + start : base + stop]
-        elif begin == ZERO:
-            out[base + start : base + stop] = np.float32(0)
-        count = (stop + block_size - 1) // block_size
+    words = np.empty(tile_size // block_size * 4, np.uint32)
+    for tile in range(offset // block_size * block_size, offset + out.size, tile_size):
+        start, stop = max(tile, offset) - offset, min(tile + tile_size, offset + out.size) - offset
+        first = offset + start - tile
+        count = (first + stop - start + block_size - 1) // block_size
+        target, origin = out[start:stop], source[start:stop]
         for record in range(seeds.size):
             FILL_WORDS(words, np.uint64(tile // block_size), count, seeds[record])
             if block_size == 128:
-                ADD_RADEMACHER(out, words, start, stop, base, coefficients[record])
+                ADD_RADEMACHER(target, origin, words, first, coefficients[record])
             else:
-                ADD_GAUSSIAN(out, words, start, stop, base, coefficients[record], table)
+                ADD_GAUSSIAN(target, origin, words, first, coefficients[record], table)
+            origin = target
 
 
+ADD_SIGNS = intrinsic(_add_signs)
 FILL_WORDS, ADD_RADEMACHER, ADD_GAUSSIAN = _jit(_fill_words), _jit(_add_rademacher), _jit(_add_gaussian)
 ACCUMULATE = _jit(
     _accumulate,
-    "void(float32[::1], float32[::1], int64, int64, uint64[::1], float32[::1], Array(float32, 1, 'C', readonly=True), int64)",
+    "void(float32[::1], float32[::1], int64, uint64[::1], float32[::1], "
+    "Array(float32, 1, 'C', readonly=True), int64, int64)",
 )
 
 _pool = ThreadPoolExecutor(max_workers=os.cpu_count())  # starts a thread only when there is work for it
@@ -152,18 +171,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _run(
-    out: Tensor, source: Tensor, begin: int, offset: int, seeds: Uint64s, coefficients: Float32s, family: str
-) -> None:
-    """``_accumulate`` in chunks, which the calling thread and helpers take from one list until it is empty."""
-    target, origin = out.detach().numpy(), source.detach().numpy()
-    table = normal.table()
-    remaining = iter(range(0, len(target), CHUNK))
+def _run(out: Tensor, source: Tensor | None, offset: int, seeds: Uint64s, coefficients: Float32s, family: str) -> None:
+    """``_accumulate`` (from zero without a source) in chunks; the caller and helpers take them from one list."""
+    target = out.detach().numpy()
+    origin = target if source is None else source.detach().numpy()
+    constants = normal.table(), BLOCK[family], TILE[family]
+    chunks = iter(range(0, len(target), CHUNK))
 
     def work() -> None:
-        for start in remaining:
-            part = slice(start, start + CHUNK)
-            ACCUMULATE(target[part], origin[part], begin, offset + start, seeds, coefficients, table, BLOCK[family])
+        for first in chunks:
+            part = slice(first, first + CHUNK)
+            if source is None:
+                target[part] = 0
+            ACCUMULATE(target[part], origin[part], offset + first, seeds, coefficients, *constants)
 
     helpers = min(torch.get_num_threads(), -(-len(target) // CHUNK)) - 1
     futures = [_pool.submit(work) for _ in range(helpers)]
@@ -174,21 +194,18 @@ def _run(
 
 
 def fill(out: Tensor, seed: int, family: str, *, offset: int = 0) -> Tensor:
-    _run(out, out, ZERO, offset, np.array([seed], np.uint64), np.ones(1, np.float32), family)
+    _run(out, None, offset, np.array([seed], np.uint64), np.ones(1, np.float32), family)
     return out
 
 
 def axpy(
     theta: Tensor, seed: int, coefficient: float, family: str, *, offset: int = 0, out: Tensor | None = None
 ) -> Tensor:
-    record = np.array([seed], np.uint64), np.array([coefficient], np.float32)
-    if out is None:
-        _run(theta, theta, IN_PLACE, offset, *record, family)
-        return theta
-    _run(out, theta, COPY, offset, *record, family)
+    out = theta if out is None else out
+    _run(out, theta, offset, np.array([seed], np.uint64), np.array([coefficient], np.float32), family)
     return out
 
 
 def replay(theta: Tensor, seeds: Uint64s, coefficients: Float32s, family: str, *, offset: int = 0) -> Tensor:
-    _run(theta, theta, IN_PLACE, offset, seeds, coefficients, family)
+    _run(theta, theta, offset, seeds, coefficients, family)
     return theta

@@ -1,7 +1,7 @@
 """The reference implementation of directions: plain torch in int64 arithmetic, the same bits on every device.
 
-Arguments are those of ``fedzo.directions`` after its checks. Work goes in chunks, so that temporary memory stays at some
-tens of megabytes however long theta is.
+Arguments are those of ``fedzo.directions`` after its checks. Work goes in chunks, so that temporary memory stays at
+some tens of megabytes however long theta is.
 """
 
 import numpy as np
@@ -45,6 +45,7 @@ def _direction(seed: int, family: str, offset: int, size: int, device: torch.dev
     return z[skip : skip + size]
 
 
+@torch.no_grad()
 def fill(out: Tensor, seed: int, family: str, *, offset: int = 0) -> Tensor:
     for start in range(0, len(out), CHUNK):
         part = out[start : start + CHUNK]
@@ -52,6 +53,7 @@ def fill(out: Tensor, seed: int, family: str, *, offset: int = 0) -> Tensor:
     return out
 
 
+@torch.no_grad()
 def axpy(
     theta: Tensor, seed: int, coefficient: float, family: str, *, offset: int = 0, out: Tensor | None = None
 ) -> Tensor:
@@ -64,6 +66,7 @@ def axpy(
     return out
 
 
+@torch.no_grad()
 def replay(
     theta: Tensor,
     seeds: npt.NDArray[np.uint64],

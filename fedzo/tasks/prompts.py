@@ -8,6 +8,7 @@ prompts published with MeZO (Malladi et al., 2023) and ZO-Bench (Zhang et al., 2
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from string import Formatter
 from typing import Any
 
@@ -27,7 +28,8 @@ class Prompt:
     verbalizers: tuple[str, ...]
 
 
-def parse_template(template: str) -> list[tuple[str, str | None]]:
+@lru_cache
+def parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
     """The template as (literal text, column after it or None).
 
     Raises:
@@ -42,7 +44,7 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
             raise ConfigError(f"template {template!r}: a placeholder must be a plain column name such as {{sentence}}")
     if sum(name == "mask" for _, name, _, _ in parts) > 1:
         raise ConfigError(f"template {template!r} has several {{mask}}; it may have one")
-    return [(literal, name) for literal, name, _, _ in parts]
+    return tuple((literal, name) for literal, name, _, _ in parts)
 
 
 def template_columns(template: str) -> tuple[str, ...]:
@@ -163,6 +165,16 @@ class Question(TaskSpec):
 
 
 @dataclass(frozen=True)
+class Entailment(TaskSpec):
+    """RTE: the masked template puts its own question mark in place of the premise's full stop."""
+
+    def fields(self, example: Example) -> Mapping[str, Any]:
+        if self.kind != "masked":
+            return example
+        return {**example, "premise": str(example["premise"]).strip().rstrip(".")}
+
+
+@dataclass(frozen=True)
 class Choice(TaskSpec):
     """COPA: "premise because/so choice"; the candidates are the example's own two choices."""
 
@@ -244,7 +256,7 @@ TASKS: dict[str, TaskSpec] = {
                 "How many are there, or when was it?",
             ),
         ),
-        TaskSpec(
+        Entailment(
             "rte",
             columns=("premise", "hypothesis"),
             classes=(("0", "entailment"), ("1", "not_entailment")),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from fedzo.directions import FAMILIES
 from fedzo.errors import ConfigError
@@ -22,12 +23,23 @@ Scalar = bool | int | float | str
 
 def _split(value: object) -> object:
     """Flower's run-config has no lists: "a, b" and ["a", "b"] are the same."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return _without(",", value)
 
 
 def _split_verbatim(value: object) -> object:
     """As `_split` by "|", keeping spaces: they matter in verbalisers."""
-    return [part for part in value.split("|") if part] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [part for part in value.split("|") if part]
+    return _without("|", value)
+
+
+def _without(separator: str, value: object) -> object:
+    """A list whose items survive being joined by the separator."""
+    if isinstance(value, list | tuple) and any(isinstance(part, str) and separator in part for part in value):
+        raise ValueError(f"an item may not contain {separator!r}, which separates items")
+    return value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
@@ -41,106 +53,121 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The base model."""
 
-    source: str = Field("embedded", description='"embedded", a hub name, or a local directory')
+    source: str = Field(default="embedded", description='"embedded", a hub name, or a local directory')
     kind: Literal["causal", "masked", "encoder"] = Field(
-        "causal", description="language model with prompts (causal or masked), or encoder with a classification head"
+        default="causal",
+        description="language model with prompts (causal or masked), or encoder with a classification head",
     )
-    revision: str = Field("", description="hub revision; empty: the newest")
-    max_length: int = Field(128, ge=4, description="tokens of an example at most")
-    head: Literal["label-texts", "random"] = Field("label-texts", description="first rows of an encoder's head")
-    head_scale: float = Field(20.0, gt=0, description="factor on the cosine between text and head row")
-    pooling: Literal["mean", "cls"] = Field("mean", description="how an encoder's hidden states become one vector")
+    revision: str = Field(default="", description="hub revision; empty: the newest")
+    max_length: int = Field(default=128, ge=4, description="tokens of an example at most")
+    head: Literal["label-texts", "random"] = Field(default="label-texts", description="first rows of an encoder's head")
+    head_scale: float = Field(default=20.0, gt=0, description="factor on the cosine between text and head row")
+    pooling: Literal["mean", "cls"] = Field(
+        default="mean", description="how an encoder's hidden states become one vector"
+    )
 
 
 class SpaceSection(Section):
     """What is trainable."""
 
-    kind: Literal["full", "sparse", "adapter"] = Field("full", description="full, sparse mask, or PEFT adapter")
-    include: Names = Field(("*",), description="patterns of parameter names, for full and sparse")
-    exclude: Names = Field((), description="patterns of parameter names left out")
-    density: float = Field(0.01, gt=0, le=1, description="part of the parameters that is trainable, for sparse")
-    mask: str = Field("random", description='"random", "magnitude", or a mask file, for sparse')
-    adapter: Literal["lora", "ia3", "prefix", "prompt"] = Field("lora", description="PEFT method, for adapter")
-    rank: int = Field(8, ge=1, description="rank of LoRA")
-    alpha: float = Field(16.0, gt=0, description="scale of LoRA: alpha / rank")
-    virtual_tokens: int = Field(16, ge=1, description="length of a prefix or prompt")
-    targets: Names = Field((), description="modules that LoRA and IA3 adapt; empty: PEFT's choice for the model")
+    kind: Literal["full", "sparse", "adapter"] = Field(default="full", description="full, sparse mask, or PEFT adapter")
+    include: Names = Field(default=("*",), description="patterns of parameter names, for full and sparse")
+    exclude: Names = Field(default=(), description="patterns of parameter names left out")
+    density: float = Field(default=0.01, gt=0, le=1, description="part of the parameters that is trainable, for sparse")
+    mask: str = Field(default="random", description='"random", "magnitude", or a mask file, for sparse')
+    adapter: Literal["lora", "ia3", "prefix", "prompt"] = Field(default="lora", description="PEFT method, for adapter")
+    rank: int = Field(default=8, ge=1, description="rank of LoRA")
+    alpha: float = Field(default=16.0, gt=0, description="scale of LoRA: alpha / rank")
+    virtual_tokens: int = Field(default=16, ge=1, description="length of a prefix or prompt")
+    targets: Names = Field(
+        default=(), description="modules that LoRA and IA3 adapt; empty: PEFT's choice for the model"
+    )
 
 
 class TaskSection(Section):
     """What the model learns."""
 
-    name: str = Field("toy-reviews", description="task of the registry")
-    template: str = Field("", description="prompt with {field} and, for masked models, {mask}; empty: the task's own")
-    verbalizers: Texts = Field((), description='label texts joined by "|", spaces kept; empty: the task\'s own')
+    name: str = Field(default="toy-reviews", description="task of the registry")
+    template: str = Field(
+        default="", description="prompt with {field} and, for masked models, {mask}; empty: the task's own"
+    )
+    verbalizers: Texts = Field(default=(), description='label texts joined by "|", spaces kept; empty: the task\'s own')
 
 
 class DataSection(Section):
     """Where the examples come from and how they are spread over clients."""
 
-    source: str = Field("embedded", description='"embedded", a hub name ("glue/sst2"), or a local directory')
-    train: str = Field("train", description="file or split to train on")
-    validation: str = Field("", description="file or split to select on; empty: a part of train")
-    test: str = Field("test", description="file or split to report on; empty: none")
-    validation_fraction: float = Field(0.05, gt=0, lt=1, description="part of train used to select when none is given")
-    limit: int = Field(0, ge=0, description="training examples at most; 0: all")
-    clients: int = Field(10, ge=1, description="number of clients")
-    partition: str = Field("iid", description="how clients' data differ: iid, dirichlet, natural, ...")
-    alpha: float = Field(0.5, gt=0, description="concentration of the Dirichlet partition: smaller is more skewed")
-    column: str = Field("", description="column of a natural partition; for dirichlet empty: the label")
+    source: str = Field(default="embedded", description='"embedded", a hub name ("glue/sst2"), or a local directory')
+    train: str = Field(default="train", description="file or split to train on")
+    validation: str = Field(default="", description="file or split to select on; empty: a part of train")
+    test: str = Field(default="test", description="file or split to report on; empty: none")
+    validation_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="part of train used to select when none is given"
+    )
+    limit: int = Field(default=0, ge=0, description="training examples at most; 0: all")
+    clients: int = Field(default=10, ge=1, description="number of clients")
+    partition: str = Field(default="iid", description="how clients' data differ: iid, dirichlet, natural, ...")
+    alpha: float = Field(
+        default=0.5, gt=0, description="concentration of the Dirichlet partition: smaller is more skewed"
+    )
+    column: str = Field(default="", description="column of a natural partition; for dirichlet empty: the label")
 
 
 class MethodSection(Section):
     """The zeroth-order method."""
 
-    directions: str = Field("rademacher", description="family of random directions")
-    estimator: str = Field("two-point", description="queries -> scalars")
-    optimizer: str = Field("sgd", description="records -> theta")
-    eps: float = Field(1e-3, gt=0, description="distance of the two points from theta")
-    queries: int = Field(4, ge=1, le=65535, description="P, directions of a step")
-    batch_size: int = Field(16, ge=1, description="examples of a step on one client")
-    learning_rate: float = Field(1e-3, gt=0, description="peak step size")
-    schedule: str = Field("constant", description="constant, linear or cosine")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear rise from 0")
+    directions: str = Field(default="rademacher", description="family of random directions")
+    estimator: str = Field(default="two-point", description="queries -> scalars")
+    optimizer: str = Field(default="sgd", description="records -> theta")
+    eps: float = Field(default=1e-3, gt=0, description="distance of the two points from theta")
+    queries: int = Field(default=4, ge=1, le=65535, description="P, directions of a step")
+    batch_size: int = Field(default=16, ge=1, description="examples of a step on one client")
+    learning_rate: float = Field(default=1e-3, gt=0, description="peak step size")
+    schedule: str = Field(default="constant", description="constant, linear or cosine")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise from 0")
 
 
 class FederationSection(Section):
     """Rounds, clients and how their scalars are combined."""
 
-    rounds: int = Field(100, ge=1, description="rounds of the run")
-    local_steps: int = Field(1, ge=1, le=65535, description="K, steps of a client between two rounds")
-    clients_per_round: int = Field(0, ge=0, description="clients asked a round; 0: all")
-    client_rate: float = Field(0.0, ge=0, le=1, description="when above 0, each client is asked with this probability")
-    seeds: SeedSchedule = Field("shared", description="shared, independent or pool")
-    pool_size: int = Field(4096, ge=2, description="seeds of the pool")
-    aggregation: str = Field("mean", description="mean (by examples), uniform, median or trimmed-mean")
-    trim: float = Field(0.1, ge=0, lt=0.5, description="part cut at each end by trimmed-mean")
-    quorum: int = Field(1, ge=1, description="contributions below which a round changes nothing")
-    scalar_bound: float = Field(1e4, gt=0, description="largest magnitude of a scalar that is accepted")
-    digest_every: int = Field(1, ge=1, description="rounds between recorded digests of theta")
+    rounds: int = Field(default=100, ge=1, description="rounds of the run")
+    local_steps: int = Field(default=1, ge=1, le=65535, description="K, steps of a client between two rounds")
+    clients_per_round: int = Field(default=0, ge=0, description="clients asked a round; 0: all")
+    client_rate: float = Field(
+        default=0.0, ge=0, le=1, description="when above 0, each client is asked with this probability"
+    )
+    seeds: SeedSchedule = Field(default="shared", description="shared, independent or pool")
+    pool_size: int = Field(default=4096, ge=2, description="seeds of the pool")
+    aggregation: str = Field(default="mean", description="mean (by examples), uniform, median or trimmed-mean")
+    trim: float = Field(default=0.1, ge=0, lt=0.5, description="part cut at each end by trimmed-mean")
+    quorum: int = Field(default=1, ge=1, description="contributions below which a round changes nothing")
+    scalar_bound: float = Field(default=1e4, gt=0, description="largest magnitude of a scalar that is accepted")
+    digest_every: int = Field(default=1, ge=1, description="rounds between recorded digests of theta")
 
 
 class EvaluationSection(Section):
     """When and on how much the model is evaluated by the server."""
 
-    every: int = Field(10, ge=0, description="rounds between evaluations on validation data; 0: first and last only")
-    batch_size: int = Field(64, ge=1, description="examples of an evaluation's forward pass")
-    limit: int = Field(0, ge=0, description="validation examples at most; 0: all")
+    every: int = Field(
+        default=10, ge=0, description="rounds between evaluations on validation data; 0: first and last only"
+    )
+    batch_size: int = Field(default=64, ge=1, description="examples of an evaluation's forward pass")
+    limit: int = Field(default=0, ge=0, description="validation examples at most; 0: all")
 
 
 class RuntimeSection(Section):
     """Where it runs; never part of what is computed."""
 
-    device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1"')
-    threads: int = Field(0, ge=0, description="CPU threads; 0: torch's choice")
-    round_timeout: float = Field(600.0, gt=0, description="seconds that a Flower round waits for its clients")
+    device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1"')
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: torch's choice")
+    round_timeout: float = Field(default=600.0, gt=0, description="seconds that a Flower round waits for its clients")
 
 
 class Config(Section):
     """All of a run."""
 
-    seed: int = Field(0, ge=0, lt=2**63, description="decides every choice of the run")
-    name: str = Field("", description="name of the run folder; empty: task and time")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="decides every choice of the run")
+    name: str = Field(default="", description="name of the run folder; empty: task and time")
     model: ModelSection = ModelSection()
     space: SpaceSection = SpaceSection()
     task: TaskSection = TaskSection()
@@ -153,6 +180,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         method, federation = self.method, self.federation
+        if federation.client_rate and federation.clients_per_round:
+            raise ValueError(
+                f"federation.clients_per_round is {federation.clients_per_round} and federation.client_rate is "
+                f"{federation.client_rate}: set one of them to 0"
+            )
         try:
             for name, known, what in (
                 (method.directions, FAMILIES, "method.directions"),
@@ -175,7 +207,9 @@ class Config(Section):
         if federation.quorum > asked:
             raise ValueError(f"federation.quorum is {federation.quorum}, but only {asked} clients are asked a round")
         if federation.seeds == "pool" and method.queries > federation.pool_size:
-            raise ValueError(f"method.queries is {method.queries}, more than federation.pool_size {federation.pool_size}")
+            raise ValueError(
+                f"method.queries is {method.queries}, more than federation.pool_size {federation.pool_size}"
+            )
         if method.warmup_steps >= federation.rounds * federation.local_steps:
             raise ValueError(f"method.warmup_steps is {method.warmup_steps}, not below the run's number of steps")
         return self
@@ -221,7 +255,8 @@ def flatten(config: Config) -> dict[str, Scalar]:
     return flat
 
 
-KEYS: tuple[str, ...] = tuple(flatten(Config()))
+_DEFAULTS = flatten(Config())
+KEYS: tuple[str, ...] = tuple(_DEFAULTS)
 
 
 def from_flat(flat: Mapping[str, Any], where: str = "the configuration") -> Config:
@@ -257,14 +292,19 @@ def _flat_toml(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`key=value` of the command line; the value is read as TOML, else taken as a string."""
+    """`key=value` of the command line; the value is read as TOML, else taken as a string.
+
+    A text's value needs no quotes, whatever it looks like: name=2024.
+    """
     key, separator, value = text.partition("=")
+    key = key.strip()
     if not separator:
         raise ConfigError(f"override {text!r} has no '='; wanted key=value, such as method.eps=1e-3")
     try:
-        return key.strip(), tomllib.loads(f"v = {value}")["v"]
+        parsed = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
-        return key.strip(), value
+        return key, value
+    return key, value if isinstance(_DEFAULTS.get(key), str) and not isinstance(parsed, str | list) else parsed
 
 
 def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -304,19 +344,21 @@ def to_toml(config: Config) -> str:
 
 def describe() -> str:
     """Every key with its default and meaning, as TOML."""
-    lines = [f"{name} = {_toml_value(getattr(Config(), name))}  # {Config.model_fields[name].description}" for name in ("seed", "name")]
-    flat = flatten(Config())
+
+    def line(key: str, name: str, field: FieldInfo) -> str:
+        return f"{name} = {_toml_value(_DEFAULTS[key])}  # {field.description}"
+
+    lines: list[str] = []
     for name, info in Config.model_fields.items():
         section = info.annotation
         if isinstance(section, type) and issubclass(section, Section):
             lines += ["", f"# {section.__doc__}", f"[{name}]"]
-            lines += [
-                f"{key} = {_toml_value(flat[f'{name}.{key}'])}  # {field.description}"
-                for key, field in section.model_fields.items()
-            ]
+            lines += [line(f"{name}.{key}", key, field) for key, field in section.model_fields.items()]
+        else:
+            lines.append(line(name, name, info))
     return "\n".join(lines)
 
 
 def _toml_value(value: Scalar) -> str:
-    # A JSON string is a TOML basic string; floats such as 1e-05 are the same in both.
-    return str(value).lower() if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
+    # A JSON string is a TOML basic string but for DEL; floats such as 1e-05 are the same in both.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

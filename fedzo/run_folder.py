@@ -6,9 +6,10 @@ The ledger is the truth; metrics.jsonl and the events are written along for othe
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ class RunFolder:
         """
         folder = RunFolder(path)
         if folder.ledger.exists():
-            raise RunError(f"{path} already holds a run; `fedzo resume {path}` goes on with it, or choose another --out")
+            raise RunError(
+                f"{path} already holds a run; `fedzo resume {path}` goes on with it, or choose another --out"
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_atomically(folder.config, to_toml(config))
@@ -78,9 +81,13 @@ class RunFolder:
         """Holds the run for one process.
 
         Raises:
-            RunError: another process runs it.
+            RunError: another process runs it, or the folder cannot be written.
         """
-        with (self.path / ".lock").open("w") as file:
+        try:
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunError(f"cannot write the run folder {self.path}: {error.strerror}") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -113,12 +120,14 @@ class MetricsLog:
     def __init__(self, folder: RunFolder, ledger: Ledger) -> None:
         """Opens the log at where the ledger stands: lines that a crash lost or left too much are made right."""
         self._path = folder.metrics
-        lines = [_round_line(summary) for summary in ledger.summaries()]
-        lines += [
-            _evaluation_line(rounds, split, metrics)
+        summaries = ledger.summaries()
+        evaluations = [
+            (split, rounds, metrics)
             for split in ("validation", "test")
             for rounds, metrics in ledger.evaluations(split).items()
         ]
+        lines = [_round_line(summary) for summary in summaries]
+        lines += [_evaluation_line(rounds, split, metrics) for split, rounds, metrics in evaluations]
         try:
             write_atomically(self._path, "".join(lines))
             self._file = self._path.open("a", encoding="utf-8")
@@ -126,22 +135,36 @@ class MetricsLog:
             raise RunError(f"cannot write {self._path}: {error.strerror}") from error
         try:
             from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder.events), purge_step=ledger.rounds + 1 if ledger.rounds else None)
         except ImportError:
             self._board = None  # the extra "plots" is not installed
+            return
+        try:
+            shutil.rmtree(folder.events, ignore_errors=True)
+            self._board = SummaryWriter(str(folder.events))
+        except OSError as error:
+            raise RunError(f"cannot write {folder.events}: {error.strerror}") from error
+        for summary in summaries:
+            self._plot_round(summary)
+        for split, rounds, metrics in evaluations:
+            self._plot_evaluation(rounds, split, metrics)
 
     def round(self, summary: RoundSummary) -> None:
         self._write(_round_line(vars(summary)))
+        self._plot_round(vars(summary))
+
+    def _plot_round(self, summary: Mapping[str, Any]) -> None:
         if self._board is not None:
-            scalars = {"loss": summary.loss, "accepted": summary.accepted, "dropped": sum(summary.dropped.values()),
-                       "bytes_up": summary.bytes_up, "bytes_down": summary.bytes_down, "max_scalar": summary.max_scalar}  # fmt: skip
+            scalars = {name: summary[name] for name in ("loss", "accepted", "bytes_up", "bytes_down", "max_scalar")}
+            scalars["dropped"] = sum(summary["dropped"].values())
             for name, value in scalars.items():
                 if value is not None:
-                    self._board.add_scalar(f"round/{name}", value, summary.round + 1)
+                    self._board.add_scalar(f"round/{name}", value, summary["round"] + 1)
 
     def evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:
         self._write(_evaluation_line(rounds, split, metrics))
+        self._plot_evaluation(rounds, split, metrics)
+
+    def _plot_evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(f"{split}/{name}", value, rounds)
@@ -152,13 +175,17 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise RunError(
-                f"cannot write {self._path}: {error.strerror}; committed rounds are intact: free space, then `fedzo resume`"
+                f"cannot write {self._path}: {error.strerror}; committed rounds are intact: free space, then "
+                "`fedzo resume`"
             ) from error
 
     def close(self) -> None:
-        self._file.close()
+        # A full disk was told when the line was written; both files are made anew on resume.
+        with suppress(OSError):
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
 
 
 def _round_line(summary: Mapping[str, Any]) -> str:

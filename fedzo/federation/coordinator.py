@@ -76,6 +76,7 @@ class _Open:
     seeds: dict[int, Seeds]
     contributions: dict[int, Contribution] = field(default_factory=dict)
     answered: set[int] = field(default_factory=set)
+    rewound: set[int] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
     bytes_down: int = 0
     bytes_up: int = 0
@@ -126,8 +127,10 @@ class Coordinator:
                 raise ProtocolError(f"client {hello.client} refused: its {name} is {found!r}, the run's is {wanted!r}")
         if not 0 <= hello.client < self.spec.clients:
             raise ProtocolError(f"client {hello.client} refused: the run has the clients 0 to {self.spec.clients - 1}")
-        if hello.examples < 1:
-            raise ProtocolError(f"client {hello.client} refused: it has no examples")
+        if not 1 <= hello.examples < 2**32:
+            raise ProtocolError(
+                f"client {hello.client} refused: it states {hello.examples} examples, wanted 1 to {2**32 - 1}"
+            )
         differs = hello.theta0 != self.spec.theta0
         if differs and not self.spec.initial:
             raise ProtocolError(
@@ -204,7 +207,9 @@ class Coordinator:
         else:
             if isinstance(message, Behind) and self._fault(client, message) is None:
                 member = self.members[client]
-                if message.applied < member.applied:
+                # Once a round: a client that asks again and again would have the whole history sent each time.
+                if message.applied < member.applied and client not in current.rewound:
+                    current.rewound.add(client)
                     member.applied = message.applied
                     return self._plan(client)
                 reason = "behind"
@@ -214,14 +219,15 @@ class Coordinator:
                 reason = self._fault(client, message)
                 if reason is None and isinstance(message, Failure):
                     reason = message.reason
-                    self.members[client].applied = 0
+                    if reason == "digest":
+                        self.members[client].applied = 0
         if reason is None:
             assert isinstance(message, Contribution)
             current.contributions[client] = message
             self.members[client].applied = current.round
         else:
             current.dropped[reason] += 1
-        if client in current.seeds and reason not in ("duplicate", "late", "wrong-run", "malformed"):
+        if client in current.seeds and reason != "late":
             current.answered.add(client)
         return None
 
@@ -327,12 +333,17 @@ def replay(ledger: Ledger, replica: Replica, rounds: int | None = None) -> None:
     stop = ledger.rounds if rounds is None else rounds
     if not 0 <= stop <= ledger.rounds:
         raise LedgerError(f"{ledger.path} has {ledger.rounds} rounds; {stop} cannot be replayed")
+    if replica.theta.numel() != spec.size:
+        raise LedgerError(
+            f"theta of this base model and space has {replica.theta.numel()} entries, the ledger's {spec.size}: "
+            "the ledger belongs to another model or space"
+        )
     if replica.digest().hex() != spec.theta0 and spec.initial:
         replica.reset(ledger.artifact(spec.initial))
     if replica.digest().hex() != spec.theta0:
         raise LedgerError(
-            f"theta0 of this base model has the digest {replica.digest().hex()[:12]}, the ledger's is {spec.theta0[:12]}: "
-            "the ledger belongs to another model or space"
+            f"theta0 of this base model has the digest {replica.digest().hex()[:12]}, the ledger's is "
+            f"{spec.theta0[:12]}: the ledger belongs to another model or space"
         )
     entries = list(ledger.read(0, stop if stop < ledger.rounds else None))
     replica.apply(entry.records() for entry in entries)

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import sqlite3
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -77,6 +79,19 @@ def chain(previous: bytes, payload: bytes) -> bytes:
     return hashlib.sha256(previous + payload).digest()
 
 
+def _connect(path: Path, write: bool) -> sqlite3.Connection:
+    """A connection in autocommit; transactions are written out."""
+    uri = path.absolute().as_uri()
+    # Without a write-ahead log the file is complete; "immutable" then spares SQLite from making one, which a read-only
+    # directory would refuse.
+    settled = not path.with_name(f"{path.name}-wal").exists() and not os.access(path.parent, os.W_OK)
+    mode = "rw" if write else "ro&immutable=1" if settled else "ro"
+    try:
+        return sqlite3.connect(f"{uri}?mode={mode}", uri=True, isolation_level=None)
+    except sqlite3.Error as error:
+        raise LedgerError(f"{path} cannot be opened ({error})") from error
+
+
 class Ledger:
     """A ledger file, opened for reading or, by the one process that runs the run, for appending.
 
@@ -88,26 +103,49 @@ class Ledger:
         if not path.is_file():
             raise LedgerError(f"no ledger at {path}; give the run's folder or its ledger.sqlite")
         self.path = path
+        self._db = _connect(path, write)
         try:
-            mode = "rw" if write else "ro"
-            self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
-            if write:
+            self._open(write)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self, write: bool) -> None:
+        row = self._one("SELECT spec, head_round, head_hash FROM header")
+        if row is None:
+            raise LedgerError(f"{self.path} has no header: it is truncated")
+        text, rounds, head = row
+        if not isinstance(rounds, int) or not isinstance(head, bytes):
+            raise LedgerError(f"{self.path}: the header is damaged; restore the ledger from a copy")
+        self.spec, self._rounds, self._head = RunSpec.from_json(text), rounds, head
+        self._check_header(text)
+        if write:
+            try:
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
-            row = self._db.execute("SELECT spec, head_round, head_hash FROM header").fetchone()
-        except sqlite3.Error as error:
-            raise self._damaged(error) from error
-        if row is None:
-            raise LedgerError(f"{path} has no header: it is truncated")
-        self.spec = RunSpec.from_json(row[0])
-        self._rounds, self._head = int(row[1]), bytes(row[2])
+            except sqlite3.Error as error:
+                raise LedgerError(f"{self.path} cannot be opened for writing ({error})") from error
+
+    def _check_header(self, text: str) -> None:
+        """The header starts the chain, so an edited one no longer fits the first round."""
+        first = self._one("SELECT payload, hash FROM rounds WHERE round = 0") if self._rounds else None
+        if self._rounds == 0:
+            fits = self._head == self.spec.hash
+        else:  # a first round that is missing or no blob is for `read` to name
+            fits = first is None or not isinstance(first[0], bytes) or chain(self.spec.hash, first[0]) == first[1]
+        if self.spec.to_json() != text or not fits:
+            raise LedgerError(
+                f"{self.path}: header and round 0 do not match the hash of round 0: the ledger was edited or damaged"
+            )
 
     @staticmethod
     def create(path: Path, spec: RunSpec, artifacts: Mapping[str, bytes] | None = None) -> "Ledger":
         """A new ledger with this header; artifacts are checked against the SHA-256 that names them."""
+        if path.exists():
+            raise LedgerError(f"{path} exists; a new ledger does not replace it")
         scratch = path.with_name(f".{path.name}.new")
-        scratch.unlink(missing_ok=True)
         try:
+            scratch.unlink(missing_ok=True)
             db = sqlite3.connect(scratch)
             try:
                 db.executescript(_SCHEMA)
@@ -122,12 +160,17 @@ class Ledger:
             scratch.replace(path)  # a ledger is there whole or not at all
         except (sqlite3.Error, OSError) as error:
             raise LedgerError(f"cannot create the ledger {path}: {error}") from error
+        finally:
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
         return Ledger(path, write=True)
 
     def __enter__(self) -> "Ledger":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -159,28 +202,35 @@ class Ledger:
         except sqlite3.Error as error:
             self._rollback()
             raise LedgerError(
-                f"round {entry.round} could not be written to {self.path} ({error}); the {self._rounds} rounds before it "
-                "are intact: free disk space, then `fedzo resume`"
+                f"round {entry.round} could not be written to {self.path} ({error}); the {self._rounds} rounds "
+                "before it are intact: free disk space, then `fedzo resume`"
             ) from error
         self._rounds, self._head = entry.round + 1, head
 
     def _rollback(self) -> None:
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
+        with suppress(sqlite3.Error):  # the error that led here is the one to tell
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[LedgerRound]:
-        """The rounds start, ..., stop - 1, each checked against the hash chain."""
+        """The rounds start, ..., stop - 1, each checked against the hash chain; an error names the first bad round."""
         previous = self.hash_before(start)
         for round_ in range(start, self._rounds if stop is None else stop):
-            row = self._one("SELECT payload, hash FROM rounds WHERE round = ?", round_)
+            try:
+                row = self._one("SELECT payload, hash FROM rounds WHERE round = ?", round_)
+            except LedgerError as error:
+                raise LedgerError(f"{self.path}: round {round_} cannot be read: {error.__cause__}") from error
             if row is None:
                 raise LedgerError(
                     f"{self.path}: round {round_} is missing of {self._rounds}: the ledger is truncated; "
                     "restore it from a copy"
                 )
-            previous = chain(previous, row[0])
-            if previous != row[1]:
-                raise LedgerError(f"{self.path}: round {round_} does not match its hash: the ledger was edited or damaged")
+            # SQLite keeps whatever type an edit put there.
+            if not isinstance(row[0], bytes) or chain(previous, row[0]) != row[1]:
+                raise LedgerError(
+                    f"{self.path}: round {round_} does not match its hash: the ledger was edited or damaged"
+                )
+            previous = row[1]
             try:
                 entry = LedgerRound.from_bytes(row[0])
             except ValueError as error:
@@ -196,32 +246,42 @@ class Ledger:
         if round_ == 0:
             return self.spec.hash
         row = self._one("SELECT hash FROM rounds WHERE round = ?", round_ - 1)
-        if row is None:
-            raise LedgerError(f"{self.path}: no round {round_ - 1}; it has {self._rounds}")
-        return bytes(row[0])
+        if row is None or not isinstance(row[0], bytes):
+            raise LedgerError(f"{self.path}: round {round_ - 1} is missing or damaged; the ledger has {self._rounds}")
+        return row[0]
 
     def artifact(self, name: str) -> bytes:
         """The artifact with this SHA-256, checked."""
         row = self._one("SELECT data FROM artifacts WHERE hash = ?", name)
-        if row is None or hashlib.sha256(row[0]).hexdigest() != name:
+        if row is None or not isinstance(row[0], bytes) or hashlib.sha256(row[0]).hexdigest() != name:
             raise LedgerError(f"{self.path}: the artifact {name[:12]} is missing or damaged")
-        return bytes(row[0])
+        return row[0]
 
     def record_evaluation(self, round_: int, split: str, metrics: Mapping[str, float]) -> None:
         """Keeps metrics of theta after `round_` rounds on a split ("validation" or "test"); not hashed."""
         try:
-            self._db.execute("INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?)", (round_, split, json.dumps(dict(metrics))))
+            self._db.execute(
+                "INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?)", (round_, split, json.dumps(dict(metrics)))
+            )
         except sqlite3.Error as error:
-            raise LedgerError(f"the evaluation after {round_} rounds could not be written to {self.path} ({error})") from error
+            raise LedgerError(
+                f"the evaluation after {round_} rounds could not be written to {self.path} ({error})"
+            ) from error
 
     def evaluations(self, split: str) -> dict[int, dict[str, float]]:
         """Rounds applied -> metrics."""
         rows = self._all("SELECT round, metrics FROM evaluations WHERE split = ? ORDER BY round", split)
-        return {int(round_): json.loads(text) for round_, text in rows}
+        return {int(round_): self._json(text) for round_, text in rows}
 
     def summaries(self) -> list[dict[str, Any]]:
         """The summaries of all rounds, in order."""
-        return [json.loads(text) for (text,) in self._all("SELECT summary FROM rounds ORDER BY round")]
+        return [self._json(text) for (text,) in self._all("SELECT summary FROM rounds ORDER BY round")]
+
+    def _json(self, text: str) -> dict[str, Any]:
+        try:
+            return dict(json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise LedgerError(f"{self.path}: a summary or evaluation is damaged; restore it from a copy") from error
 
     def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
         rows = self._all(query, *values)
@@ -231,7 +291,4 @@ class Ledger:
         try:
             return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: sqlite3.Error) -> LedgerError:
-        return LedgerError(f"{self.path} is no ledger that can be read ({error}); restore it from a copy")
+            raise LedgerError(f"{self.path} is no ledger that can be read ({error}); restore it from a copy") from error

@@ -19,6 +19,8 @@ _PLAN = struct.Struct("<HHdI32sBIII")
 _CONTRIBUTION = struct.Struct("<HHIf")
 _ROUND = struct.Struct("<HI")
 _KIND_PLAN, _KIND_CONTRIBUTION, _KIND_BEHIND, _KIND_FAILURE = 1, 2, 3, 4
+FailureReason = Literal["digest", "not-finite"]
+_REASONS: tuple[FailureReason, ...] = ("digest", "not-finite")
 _CATCH_UP: tuple[Literal["none", "records", "snapshot"], ...] = ("none", "records", "snapshot")
 
 
@@ -106,10 +108,10 @@ class Plan:
         steps, queries = self.seeds.shape
         caught = self.catch_up
         body = b"".join(r.to_bytes() for r in caught.records) if caught.kind == "records" else caught.snapshot
+        kind = _CATCH_UP.index(caught.kind)
         fixed = _PLAN.pack(
-            steps, queries, self.eps, self.batch_size, self.digest, _CATCH_UP.index(caught.kind), caught.start, len(body),
-            len(self.initial),
-        )  # fmt: skip
+            steps, queries, self.eps, self.batch_size, self.digest, kind, caught.start, len(body), len(self.initial)
+        )
         head = _HEAD.pack(b"fz", PROTOCOL, _KIND_PLAN, self.run_id, self.round, self.client)
         return head + fixed + self.seeds.astype("<u8").tobytes() + body + self.initial
 
@@ -156,16 +158,19 @@ class Behind:
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker could not do a plan; the reason is one of a fixed list of words, never free text (no data leaks)."""
+    """A worker could not do a plan; the reason is one of a fixed list of words, never free text (no data leaks).
+
+    "digest": its theta was not the plan's, it starts over; "not-finite": its losses were not.
+    """
 
     run_id: bytes
     round: int
     client: int
-    reason: Literal["digest", "error"]
+    reason: FailureReason
 
     def to_bytes(self) -> bytes:
         head = _HEAD.pack(b"fz", PROTOCOL, _KIND_FAILURE, self.run_id, self.round, self.client)
-        return head + struct.pack("<B", ("digest", "error").index(self.reason))
+        return head + struct.pack("<B", _REASONS.index(self.reason))
 
 
 Message = Plan | Contribution | Behind | Failure
@@ -215,7 +220,9 @@ def decode(data: bytes) -> Message:
             return Behind(run_id, round_, client, struct.unpack("<I", body)[0])
         if kind == _KIND_FAILURE:
             _expect(len(body), 1)
-            return Failure(run_id, round_, client, "digest" if body[0] == 0 else "error")
+            if body[0] >= len(_REASONS):
+                raise ProtocolError(f"unknown reason of failure {body[0]}")
+            return Failure(run_id, round_, client, _REASONS[body[0]])
     except struct.error as error:
         raise ProtocolError(f"message of {len(view)} bytes ends too early") from error
     raise ProtocolError(f"unknown kind of message {kind}")

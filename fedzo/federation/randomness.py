@@ -47,7 +47,9 @@ def pool_seeds(seed: int, size: int) -> Seeds:
     return words
 
 
-def round_seeds(seed: int, schedule: str, round_: int, client: int, shape: tuple[int, int], pool: Seeds | None) -> Seeds:
+def round_seeds(
+    seed: int, schedule: str, round_: int, client: int, shape: tuple[int, int], pool: Seeds | None
+) -> Seeds:
     """The direction seeds uint64 [K, P] that a client tries in a round.
 
     `shared`: the same for every client; `independent`: the client's own; `pool`: the client's own draw from the pool,

@@ -17,7 +17,7 @@ _FUSED = 4096
 
 def theta_digest(theta: Tensor) -> bytes:
     """SHA-256 over theta's float32 values as little-endian bytes."""
-    return hashlib.sha256(memoryview(theta.detach().cpu().numpy().astype("<f4", copy=False))).digest()
+    return hashlib.sha256(theta.detach().cpu().numpy().astype("<f4", copy=False).data).digest()
 
 
 class Replica:
@@ -46,13 +46,17 @@ class Replica:
     def apply(self, rounds: Iterable[Records]) -> None:
         """Applies the records of the next rounds, in order, fused."""
         pending: list[Records] = []
+        held = 0
         for records in rounds:
             if records.step != (self.rounds + len(pending)) * self.spec.local_steps:
                 raise ProtocolError(f"records of step {records.step} cannot follow {self.rounds + len(pending)} rounds")
             pending.append(records)
-            if sum(r.seeds.size for r in pending) >= _FUSED:
+            held += records.seeds.size
+            if held >= _FUSED:
                 self._flush(pending)
-        self._flush(pending)
+                held = 0
+        if pending:
+            self._flush(pending)
 
     def _flush(self, pending: list[Records]) -> None:
         self.state = self.rule.apply(self.theta, self.state, pending)
@@ -72,9 +76,10 @@ class Replica:
             if self.rounds < missed.start:
                 raise ProtocolError(f"records start at round {missed.start}, the replica stands at {self.rounds}")
             new = missed.records[self.rounds - missed.start :]
-            self.apply([Records((self.rounds + i) * self.spec.local_steps, r.seeds, r.scalars) for i, r in enumerate(new)])
+            steps, first = self.spec.local_steps, self.rounds
+            self.apply([Records((first + i) * steps, r.seeds, r.scalars) for i, r in enumerate(new)])
         if self.rounds != missed.stop:
-            raise ProtocolError(f"after catching up the replica stands at round {self.rounds}, the plan at {missed.stop}")
+            raise ProtocolError(f"after catching up the replica stands at round {self.rounds}, not {missed.stop}")
 
     def digest(self) -> bytes:
         """SHA-256 of theta, computed once a round."""

@@ -83,13 +83,22 @@ class RunSpec:
         """Inverse of `to_json`.
 
         Raises:
-            LedgerError: fields are missing or unknown (another version of fedzo), or the text is no JSON.
+            LedgerError: fields are missing or unknown, or the protocol's version is another (another version of fedzo),
+                or the text is no JSON.
         """
         try:
             values: dict[str, Any] = json.loads(text)
-            return RunSpec(**values)
+            spec = RunSpec(**values)
         except (TypeError, ValueError) as error:
-            raise LedgerError(f"the ledger's header is not one of this version of fedzo (protocol {PROTOCOL})") from error
+            raise LedgerError(
+                f"the ledger's header is not one of this version of fedzo (protocol {PROTOCOL})"
+            ) from error
+        if spec.protocol != PROTOCOL:
+            raise LedgerError(
+                f"the ledger's header has protocol version {spec.protocol}, this version of fedzo has {PROTOCOL}; "
+                "use the version of fedzo that wrote it"
+            )
+        return spec
 
     @property
     def hash(self) -> bytes:

@@ -34,7 +34,9 @@ class Worker:
         fingerprint, space_hash, theta0: of this process's base model and space, for the handshake.
     """
 
-    def __init__(self, client: int, replica: Replica, data: Data, fingerprint: str, space_hash: str, theta0: str) -> None:
+    def __init__(
+        self, client: int, replica: Replica, data: Data, fingerprint: str, space_hash: str, theta0: str
+    ) -> None:
         self.client = client
         self.replica = replica
         self.data = data
@@ -57,7 +59,8 @@ class Worker:
             raise ProtocolError(f"plan for client {plan.client} of another run, this is client {self.client}")
         if replica.rounds > plan.round or (plan.initial and replica.rounds == 0):
             replica.reset(plan.initial)
-        if plan.catch_up.start > replica.rounds and plan.catch_up.kind != "snapshot":
+        # Also before a snapshot: one of pool coefficients builds on theta0, whose initial values a restart has lost.
+        if plan.catch_up.start > replica.rounds:
             return Behind(plan.run_id, plan.round, self.client, replica.rounds)
         replica.catch_up(plan.catch_up)
         if any(plan.digest) and replica.digest() != plan.digest:
@@ -65,16 +68,19 @@ class Worker:
             return Failure(plan.run_id, plan.round, self.client, "digest")
         steps, queries = plan.seeds.shape
         scalars = np.empty((steps, queries), dtype=np.float32)
-        theta, losses = replica.theta, 0.0
         estimator, rule = spec.build_estimator(), replica.rule.local()
+        theta, state, losses = replica.theta, rule.init(replica.theta), 0.0
         for k in range(steps):
             place = derive(spec.seed, "batch", plan.round, self.client, k)
             batch = self.data.batch(choose(place, len(self.data), plan.batch_size))
             estimate = yield from estimator.estimate(theta, batch, plan.seeds[k].tolist(), plan.eps, spec.family)
-            scalars[k] = estimate.projected.mean(axis=1)
+            with np.errstate(over="ignore"):
+                scalars[k] = estimate.projected.mean(axis=1)
             losses += estimate.loss / steps
+            if not np.isfinite(scalars[k]).all() or not np.isfinite(losses):
+                return Failure(plan.run_id, plan.round, self.client, "not-finite")
             if k + 1 < steps:
                 theta = theta.clone() if k == 0 else theta
                 step = plan.round * steps + k
-                rule.apply(theta, rule.init(theta), [Records(step, plan.seeds[k : k + 1], scalars[k : k + 1])])
+                state = rule.apply(theta, state, [Records(step, plan.seeds[k : k + 1], scalars[k : k + 1])])
         return Contribution(plan.run_id, plan.round, self.client, plan.seeds, scalars, len(self.data), losses)

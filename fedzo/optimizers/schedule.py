@@ -1,5 +1,6 @@
 """Learning-rate schedules: pure functions of the step, the same float64 on every machine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedzo.errors import ConfigError
@@ -23,7 +24,7 @@ def _cosine(x: float) -> float:
     return total
 
 
-_DECAY = {
+_DECAY: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,
     "cosine": lambda x: 0.5 * (1.0 + _cosine(x)),

@@ -1,4 +1,7 @@
-"""ZO-SGD: theta <- theta - lr / P sum_p g_p z_p (MeZO, arXiv 2305.17333, algorithm 1; ZO-Bench, arXiv 2402.11592, eq. 2)."""
+"""ZO-SGD: theta <- theta - lr / P sum_p g_p z_p.
+
+MeZO, arXiv 2305.17333, algorithm 1; ZO-Bench, arXiv 2402.11592, equation 2.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,11 +98,18 @@ class PoolSGD:
         return PoolState(theta0.clone(), np.zeros(self.pool.size, dtype=np.float64))
 
     def apply(self, theta: Tensor, state: object, records: Sequence[Records]) -> PoolState:
+        """As `UpdateRule.apply`.
+
+        Raises:
+            ProtocolError: a record's seed is not in the pool; theta is then unchanged.
+        """
         assert isinstance(state, PoolState)
         place = {int(seed): j for j, seed in enumerate(self.pool)}
         total = state.coefficients.copy()
         for r in records:
             for seed, c in zip(r.seeds.ravel().tolist(), self.sgd.coefficients(r).ravel().tolist(), strict=True):
+                if seed not in place:
+                    raise ProtocolError(f"seed {seed} is not in the run's pool of {self.pool.size}")
                 total[place[seed]] += c
         return self._rebuild(theta, PoolState(state.theta0, total))
 

@@ -1,8 +1,8 @@
 """Speed of directions against torch: ``python simulations/bench_directions.py [--quick]``.
 
 The baseline is one step of the usual in-place code: ``torch.normal`` with a generator, into memory that is already
-there, then ``add_``. Candidates and baseline take turns, and a ratio is the median over turns of ratios within a turn, so
-that a neighbour on the machine slows both sides. Prints a table, then one line of JSON (speeds in 10^9 elements of a
+there, then ``add_``. Candidates and baseline take turns, and a ratio is the median over turns of ratios within a turn,
+so that a neighbour on the machine slows both sides. Prints a table, then one line of JSON (speeds in 10^9 elements of a
 direction a second).
 """
 
@@ -60,9 +60,8 @@ def main() -> None:
         name: statistics.median(mine / torchs for mine, torchs in zip(turns, speeds["torch"], strict=True))
         for name, turns in speeds.items()
     }
-    print(
-        f"{elements:.0e} elements, {RECORDS} records a replay, {torch.get_num_threads()} threads, median of {TURNS} turns"
-    )
+    threads = torch.get_num_threads()
+    print(f"{elements:.0e} elements, {RECORDS} records a replay, {threads} threads, median of {TURNS} turns")
     print(f"{'':20} {'G elements/s':>12} {'times torch':>12}")
     for name, rate in rates.items():
         print(f"{name:20} {rate:12.2f} {ratios[name]:12.1f}")

@@ -1,18 +1,18 @@
 """A configuration made concrete: base model, space, task, clients' data. Both engines and both sides start here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fedzo import spaces
 from fedzo.config import Config
 from fedzo.errors import ConfigError, DataError
-from fedzo.evaluation import Evaluator, candidate_scores, losses_from_scores
+from fedzo.evaluation import Evaluator, losses_from_scores
 from fedzo.federation.artifact import artifact_name, pack_values
 from fedzo.federation.replica import Replica, theta_digest
 from fedzo.federation.spec import PROTOCOL, RunSpec
@@ -66,20 +66,12 @@ def build_space(config: Config, loaded: LoadedModel) -> TrainableSpace:
         return spaces.full(loaded.model, section.include, section.exclude)
     if section.kind == "adapter":
         return spaces.adapter(loaded.model)
-    if section.mask in spaces.MASKS:
+    if section.mask in spaces.METHODS:
         return spaces.sparse(
             loaded.model, section.density, section.mask, config.seed, section.include, section.exclude,
             dense=loaded.new_parameters,
         )  # fmt: skip
     return spaces.load_mask(Path(section.mask), loaded.model, loaded.fingerprint)
-
-
-@dataclass(frozen=True)
-class Client:
-    """A client's data and its number."""
-
-    number: int
-    data: EncodedDataset
 
 
 class Experiment:
@@ -107,18 +99,24 @@ class Experiment:
 
     @cached_property
     def splits(self) -> Splits:
+        """Examples to train on, to select on and to report on."""
         section = self.config.data
         return load_splits(
-            section.source, train=section.train, validation=section.validation, test=section.test, task=self.task,
+            section.source, self.task.spec, train=section.train, validation=section.validation, test=section.test,
             validation_fraction=section.validation_fraction, seed=self.config.seed, limit=section.limit,
+            validation_limit=self.config.evaluation.limit,
         )  # fmt: skip
 
     @cached_property
-    def _parts(self) -> list["np.ndarray[tuple[int, ...], np.dtype[np.int64]]"]:
+    def _train(self) -> list[Example]:
+        return self.task.prepare(self.splits.train, self.config.data.column)
+
+    @cached_property
+    def _parts(self) -> list[npt.NDArray[np.int64]]:
         section = self.config.data
         return partition(
-            self.splits.train, section.clients, kind=section.partition, alpha=section.alpha, column=section.column,
-            seed=self.config.seed, task=self.task,
+            self._train, section.clients, kind=section.partition, alpha=section.alpha, column=section.column,
+            seed=self.config.seed,
         )  # fmt: skip
 
     @property
@@ -147,17 +145,16 @@ class Experiment:
         if number not in self._clients:
             if not 0 <= number < len(self._parts):
                 raise DataError(f"client {number} has no data: the partition has the clients 0 to {len(self._parts) - 1}")
-            self._clients[number] = self._encode([self.splits.train[i] for i in self._parts[number]])
+            self._clients[number] = self._encode([self._train[i] for i in self._parts[number]])
         return self._clients[number]
 
     @cached_property
     def validation(self) -> EncodedDataset:
-        limit = self.config.evaluation.limit
-        return self._encode(self.splits.validation[:limit] if limit else self.splits.validation)
+        return self._encode(self.task.prepare(self.splits.validation))
 
     @cached_property
     def test(self) -> EncodedDataset | None:
-        return self._encode(self.splits.test) if self.splits.test else None
+        return self._encode(self.task.prepare(self.splits.test)) if self.splits.test else None
 
     def theta0(self) -> Tensor:
         """theta before the first step, float32 [size], a new tensor each time."""
@@ -222,11 +219,19 @@ class Experiment:
         )  # fmt: skip
 
     def evaluate(self, theta: Tensor, data: EncodedDataset) -> dict[str, float]:
-        """Metrics of the model at theta: mean loss, and accuracy (or perplexity for language modelling)."""
+        """Metrics of the model at theta: mean loss, and accuracy and macro-F1 (language modelling: perplexity)."""
         size = self.config.evaluation.batch_size
-        scores, losses = [], []
-        for start in range(0, len(data), size):
-            batch = data.batch(np.arange(start, min(start + size, len(data))))
-            scores.append(self.evaluator.scores(theta, batch))
-            losses.append(losses_from_scores(scores[-1], batch.labels))
-        return metrics(self.task, scores, torch.cat(losses), data.labels)
+        batches = [data.batch(np.arange(start, min(start + size, len(data)))) for start in range(0, len(data), size)]
+        scores = [self.evaluator.scores(theta, batch) for batch in batches]
+        losses = torch.cat([losses_from_scores(s, b.labels) for s, b in zip(scores, batches, strict=True)])
+        if self.task.num_labels is None:
+            tokens = torch.cat([metrics.scored_tokens(batch)[:, 0] for batch in batches])
+            return {"loss": metrics.mean_loss(losses, tokens), "perplexity": metrics.perplexity(losses, tokens)}
+        labels, width = torch.from_numpy(data.labels), max(s.shape[1] for s in scores)
+        padded = [torch.nn.functional.pad(s, (0, width - s.shape[1]), value=-torch.inf) for s in scores]
+        table = torch.cat(padded)
+        return {
+            "loss": metrics.mean_loss(losses),
+            "accuracy": metrics.accuracy(table, labels),
+            "macro_f1": metrics.macro_f1(table, labels),
+        }

@@ -38,7 +38,9 @@ class Engine(StrEnum):
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON, and nothing else.")]
-Override = Annotated[list[str], typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the configuration.")]
+Override = Annotated[
+    list[str], typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the configuration.")
+]
 Round = Annotated[str, typer.Option("--round", help='After which round: "last", "best" (on validation) or a number.')]
 
 
@@ -148,8 +150,10 @@ def _finish(folder: Any, ledger: Any, as_json: bool, plot: Any, summarise: Any) 
 
 @app.command()
 def run(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; none: the embedded default.")] = None,
-    override: Override = [],  # noqa: B006 (typer copies it)
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file; none: the embedded default.")
+    ] = None,
+    override: Override = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; none: runs/TASK-DATE-TIME.")] = None,
     engine: Annotated[Engine, typer.Option(help="One process, or Flower's simulation with Ray.")] = Engine.LOCAL,
     quiet: Quiet = False,
@@ -231,9 +235,10 @@ def evaluate(
             replay_ledger(ledger, replica, rounds)
             data = experiment.validation if split == "validation" else experiment.test
             if data is None:
-                raise ConfigError('the run has no test data: set data.test, or --split validation')
+                raise ConfigError("the run has no test data: set data.test, or --split validation")
             metrics = experiment.evaluate(replica.theta, data)
-    figures = {"split": split, "rounds": rounds, "examples": len(data), **metrics, "theta_digest": replica.digest().hex()}
+    figures = {"split": split, "rounds": rounds, "examples": len(data), **metrics}
+    figures["theta_digest"] = replica.digest().hex()
     _print_figures(figures, as_json)
 
 
@@ -314,7 +319,7 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """fedzo."""
 
@@ -324,7 +329,7 @@ def main() -> None:
     try:
         app()
     except FedzoError as error:
-        errors.print(f"[bold red]error:[/bold red] ", end="")
+        errors.print("[bold red]error:[/bold red] ", end="")
         errors.print(str(error), markup=False)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:

@@ -120,7 +120,8 @@ def check_same(ledger: Ledger, experiment: Experiment) -> None:
     for name, value in wanted.items():
         if name not in skip and found[name] != value:
             raise LedgerError(
-                f"{ledger.path} belongs to another run: its {name} is {found[name]!r}, model and config.toml give {value!r}"
+                f"{ledger.path} belongs to another run: its {name} is {found[name]!r}, "
+                f"model and config.toml give {value!r}"
             )
 
 

@@ -23,7 +23,7 @@ from fedzo.tasks import EncodedDataset, Example, Splits, Task, build_task, load_
 
 
 def choose_device(name: str) -> str:
-    """"auto" is CUDA where there is one.
+    """ "auto" is CUDA where there is one.
 
     Raises:
         ConfigError: a CUDA device is asked for where there is none.
@@ -144,7 +144,9 @@ class Experiment:
         """The examples of a client, tokenised once."""
         if number not in self._clients:
             if not 0 <= number < len(self._parts):
-                raise DataError(f"client {number} has no data: the partition has the clients 0 to {len(self._parts) - 1}")
+                raise DataError(
+                    f"client {number} has no data: the partition has the clients 0 to {len(self._parts) - 1}"
+                )
             self._clients[number] = self._encode([self._train[i] for i in self._parts[number]])
         return self._clients[number]
 

@@ -53,12 +53,10 @@ def summarise(ledger: Ledger) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     for summary in rounds:
         dropped.update(summary["dropped"])
-    last = None
-    for last in ledger.read(max(ledger.rounds - 1, 0)):
-        pass
+    last = list(ledger.read(ledger.rounds - 1)) if ledger.rounds else []
     figures: dict[str, Any] = {
         "ledger_hash": ledger.head.hex(),
-        "theta_digest": last.digest.hex() if last else spec.theta0,
+        "theta_digest": last[0].digest.hex() if last else spec.theta0,
         "rounds": ledger.rounds,
         "rounds_planned": spec.rounds,
         "clients": spec.clients,
@@ -101,7 +99,7 @@ def verify(ledger: Ledger, experiment: Experiment | None, progress: Callable[[in
         if replica.digest().hex() != ledger.spec.theta0 and ledger.spec.initial:
             replica.reset(ledger.artifact(ledger.spec.initial))
         if replica.digest().hex() != ledger.spec.theta0:
-            raise LedgerError(f"{ledger.path}: theta0 of this base model is not the ledger's: it belongs to another model")
+            raise LedgerError(f"{ledger.path} belongs to another model: theta0 of this one is not the ledger's")
     compared = 0
     for entry in ledger.read():
         if replica is not None:
@@ -109,7 +107,9 @@ def verify(ledger: Ledger, experiment: Experiment | None, progress: Callable[[in
             if any(entry.digest):
                 compared += 1
                 if replica.digest() != entry.digest:
-                    raise LedgerError(f"{ledger.path}: round {entry.round} replays to another theta than the recorded digest")
+                    raise LedgerError(
+                        f"{ledger.path}: round {entry.round} replays to another theta than its digest says"
+                    )
         progress(entry.round + 1)
     return compared
 

@@ -2,8 +2,8 @@
 
     python simulations/faulty_clients.py [--config FILE] [--rounds N] [--quick]
 
-In every round the even clients answer rightly and one odd client after the other answers wrongly. The ledger must equal,
-bit for bit, that of a run in which the faulty clients never answered. Ends with one line of JSON.
+In every round the even clients answer rightly and one odd client after the other answers wrongly. The ledger must
+equal, bit for bit, that of a run in which the faulty clients never answered. Ends with one line of JSON.
 """
 
 import argparse
@@ -45,7 +45,10 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "another run": (lambda right, plan: [replace(right, run_id=bytes(8)).to_bytes()], ("wrong-run",)),
     "an old round": (lambda right, plan: [replace(right, round=right.round + 7).to_bytes()], ("late",)),
     "in another's name": (lambda right, plan: [replace(right, client=right.client - 1).to_bytes()], ("not-asked",)),
-    "a seed not asked for": (lambda right, plan: [replace(right, seeds=right.seeds + np.uint64(1)).to_bytes()], ("seeds",)),
+    "a seed not asked for": (
+        lambda right, plan: [replace(right, seeds=right.seeds + np.uint64(1)).to_bytes()],
+        ("seeds",),
+    ),
     "a seed missing": (
         lambda right, plan: [replace(right, seeds=right.seeds[:, 1:], scalars=right.scalars[:, 1:]).to_bytes()],
         ("shape",),
@@ -103,7 +106,11 @@ def main() -> None:
     for turn in range(wrong):
         (reason,) = FAULTS[list(FAULTS)[turn % len(FAULTS)]][1]
         expected[reason] = expected.get(reason, 0) + 1
-        if reason in ("malformed", "wrong-run", "late"):  # what cannot be laid to the client leaves it without an answer
+        if reason in (
+            "malformed",
+            "wrong-run",
+            "late",
+        ):  # what cannot be laid to the client leaves it without an answer
             expected["no-reply"] = expected.get("no-reply", 0) + 1
     print(f"{'reason':<14}{'dropped':>8}{'expected':>10}")
     dropped = faulty["dropped"]

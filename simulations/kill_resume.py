@@ -63,7 +63,8 @@ def main() -> None:
         gaps = [moments.uniform(0.3, 1.0) * duration / max(kills / 2.0, 1.0) + 3.0 for _ in range(kills)]
         for number, gap in enumerate(gaps):
             exists = (folder / "config.toml").exists()
-            process = fedzo("resume", str(folder), "--json") if exists else fedzo("run", *settings, "--out", str(folder))
+            command = ("resume", str(folder), "--json") if exists else ("run", *settings, "--out", str(folder))
+            process = fedzo(*command)
             try:
                 process.wait(gap)
             except subprocess.TimeoutExpired:

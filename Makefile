@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m fedzo.directions
+	$(BIN)/python -c 'import torch; from fedzo import directions; directions.fill(torch.empty(1), 0, "rademacher")'
 	touch $@
 
 env: $(VENV)/.installed

@@ -8,8 +8,9 @@ log-probabilities of two candidate tokens at the last position, the head compute
     in place       torch.normal over every parameter, seeded again each time: +eps, loss, -2 eps, loss, +eps, update
                    (Malladi et al. 2023, algorithm 1)
 
-The ways take turns; a figure is the median over the turns of its ratio to the same turn's two forwards. Peak memory is the
-peak resident set of a process of its own that loads the model and does fedzo's steps.
+The ways take turns; a figure is the median over the turns of its ratio to the same turn's two forwards, by the wall clock and,
+less disturbed by other programs, by the CPU time of all threads. Peak memory is the peak resident set of a process of its
+own that loads the model and does fedzo's steps.
 
     python simulations/bench_step.py [--quick] [--threads N]
 """
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import numba
 import torch
 from torch import nn
 
@@ -32,7 +34,7 @@ from fedzo.runtime import keep_memory
 from fedzo.spaces import full
 
 EPS, LR = 1e-3, 1e-6
-SHAPES = ((16, 64), (8, 32))
+SHAPES = ((8, 32), (16, 64))
 
 
 def opt_125m() -> nn.Module:
@@ -84,16 +86,17 @@ def in_place_step(model: nn.Module, batch: Batch, seed: int) -> None:
     perturb(-LR * (plus - minus) / (2 * EPS))
 
 
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def timed(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the wall clock and of the CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def compare(rows: int, length: int, turns: int) -> dict[str, object]:
-    model = opt_125m()
-    other = opt_125m()  # the in-place way drifts, so it has weights of its own
-    batch = two_way_batch(rows, length)
+def compare(models: tuple[nn.Module, nn.Module], shape: tuple[int, int], turns: int) -> dict[str, object]:
+    """One row of the result; the in-place way drifts, so it has the second model for itself."""
+    model, other = models
+    batch = two_way_batch(*shape)
     space = full(model)
     theta = space.theta0(model)
     space.bind(model, theta)
@@ -103,60 +106,66 @@ def compare(rows: int, length: int, turns: int) -> dict[str, object]:
         "step": lambda seed: fedzo_step(evaluator, theta, batch, seed),
         "in place": lambda seed: in_place_step(other, batch, seed),
     }
-    for function in ways.values():
-        function(0)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    fedzo_step(evaluator, theta, batch, 0)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in range(turns):
         # In turn each way goes first, so that no way has always the same neighbour.
         for name in [*ways][turn % 3 :] + [*ways][: turn % 3]:
             seconds[name].append(timed(lambda run=ways[name]: run(turn + 1)))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    over = {
-        name: statistics.median(a / b for a, b in zip(values, seconds["two forwards"], strict=True))
-        for name, values in seconds.items()
-    }
-    tokens = f"{rows}x{length}"
+
+    def over(name: str, clock: int) -> float:
+        pairs = zip(seconds[name], seconds["two forwards"], strict=True)
+        return round(statistics.median(mine[clock] / base[clock] for mine, base in pairs), 3)
+
+    tokens = f"{shape[0]}x{shape[1]}"
     for name in ways:
-        print(f"{tokens:>6}  {name:<13} {medians[name]:7.3f} s  {over[name]:5.2f} times two forwards", flush=True)
+        wall = statistics.median(value[0] for value in seconds[name])
+        print(f"{tokens:>6}  {name:<13} {wall:7.3f} s  {over(name, 0):5.2f} times two forwards", flush=True)
     return {
         "tokens": tokens,
-        "step_over_two_forwards": round(over["step"], 3),
-        "inplace_over_two_forwards": round(over["in place"], 3),
-        "peak_memory_mib": peak_memory(rows, length),
+        "step_over_two_forwards": over("step", 0),
+        "inplace_over_two_forwards": over("in place", 0),
+        "step_over_two_forwards_cpu": over("step", 1),
+        "inplace_over_two_forwards_cpu": over("in place", 1),
+        "two_forwards_seconds": round(statistics.median(value[0] for value in seconds["two forwards"]), 3),
         "turns": turns,
-        "two_forwards_seconds": round(medians["two forwards"], 3),
     }
 
 
-def peak_memory(rows: int, length: int) -> int:
-    command = [sys.executable, __file__, "--memory", str(rows), str(length), "--threads", str(torch.get_num_threads())]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def peak_memory(threads: int) -> list[int]:
+    """MiB for each shape."""
+    command = [sys.executable, __file__, "--memory", "--threads", str(threads)]
+    return [int(n) for n in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
 
 
-def report_memory(rows: int, length: int) -> None:
-    model, batch = opt_125m(), two_way_batch(rows, length)
+def report_memory() -> None:
+    model = opt_125m()
     space = full(model)
     theta = space.theta0(model)
     space.bind(model, theta)
     evaluator = Evaluator(model, space)
-    for seed in range(2):
-        fedzo_step(evaluator, theta, batch, seed)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    for shape in SHAPES:  # from the small to the large one, since a peak never falls
+        fedzo_step(evaluator, theta, two_way_batch(*shape), 1)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few turns, under a minute")
+    parser.add_argument("--quick", action="store_true", help="few turns, under a minute on two idle cores")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--memory", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     keep_memory()
     torch.set_num_threads(arguments.threads)
+    numba.set_num_threads(arguments.threads)
     if arguments.memory:
-        report_memory(*arguments.memory)
+        report_memory()
         return
-    turns = {(16, 64): 2, (8, 32): 4} if arguments.quick else {(16, 64): 11, (8, 32): 21}
-    rows = [compare(*shape, turns[shape]) for shape in SHAPES]
+    models = (opt_125m(), opt_125m())
+    turns = (3, 1) if arguments.quick else (21, 11)
+    rows = [compare(models, shape, count) for shape, count in zip(SHAPES, turns, strict=True)]
+    for row, mib in zip(rows, peak_memory(arguments.threads), strict=True):
+        row["peak_memory_mib"] = mib
     print(json.dumps({"threads": arguments.threads, "rows": rows}))
 
 

@@ -8,9 +8,9 @@ log-probabilities of two candidate tokens at the last position, the head compute
     in place       torch.normal over every parameter, seeded again each time: +eps, loss, -2 eps, loss, +eps, update
                    (Malladi et al. 2023, algorithm 1)
 
-The ways take turns; a figure is the median over the turns of its ratio to the same turn's two forwards, by the wall clock and,
-less disturbed by other programs, by the CPU time of all threads. Peak memory is the peak resident set of a process of its
-own that loads the model and does fedzo's steps.
+The ways take turns; a figure is the median over the turns of its ratio to the same turn's two forwards, by the wall
+clock and, less disturbed by other programs, by the CPU time of all threads. Peak memory is the peak resident set of a
+process of its own that loads the model and does fedzo's steps.
 
     python simulations/bench_step.py [--quick] [--threads N]
 """
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numba
 import torch
@@ -111,7 +112,7 @@ def compare(models: tuple[nn.Module, nn.Module], shape: tuple[int, int], turns: 
     for turn in range(turns):
         # In turn each way goes first, so that no way has always the same neighbour.
         for name in [*ways][turn % 3 :] + [*ways][: turn % 3]:
-            seconds[name].append(timed(lambda run=ways[name]: run(turn + 1)))
+            seconds[name].append(timed(partial(ways[name], turn + 1)))
 
     def over(name: str, clock: int) -> float:
         pairs = zip(seconds[name], seconds["two forwards"], strict=True)

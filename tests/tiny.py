@@ -1,0 +1,174 @@
+"""A tiny federated run for tests: real coordinator, ledger, replicas and workers on least squares.
+
+The "model" is 1/2 (x . theta - y)^2, computed from theta here; every plan and answer crosses as bytes.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedzo import directions
+from fedzo.evaluation import Batch, LossRequest
+from fedzo.federation.artifact import artifact_name, pack_values
+from fedzo.federation.coordinator import Coordinator, RoundSummary
+from fedzo.federation.ledger import Ledger, LedgerRound
+from fedzo.federation.messages import Plan, decode
+from fedzo.federation.replica import Replica, theta_digest
+from fedzo.federation.spec import PROTOCOL, RunSpec
+from fedzo.federation.worker import Worker
+
+SIZE = 12
+Load = Callable[[], Tensor]
+# (round, client, answer) -> the answers that arrive instead.
+Tamper = Callable[[int, int, bytes], Iterable[bytes]]
+
+
+def theta0(size: int = SIZE) -> Tensor:
+    """theta before the first step, float32 [size]."""
+    return torch.from_numpy(np.random.default_rng(3).normal(size=size).astype(np.float32))
+
+
+def make_spec(**changes: Any) -> RunSpec:
+    """A run of 6 rounds with 4 clients; theta0 and learning rate follow the size."""
+    size = changes.get("size", SIZE)
+    values: dict[str, Any] = {
+        "protocol": PROTOCOL, "fingerprint": "f" * 64, "parameters": size, "space": "full", "space_hash": "5" * 64,
+        "size": size, "theta_dtype": "float32", "theta0": theta_digest(theta0(size)).hex(), "initial": "",
+        "family": "rademacher", "estimator": "two-point", "eps": 1e-2, "queries": 3, "batch_size": 5,
+        "optimizer": "sgd", "learning_rate": 0.24 / size, "schedule": "cosine", "warmup_steps": 1, "rounds": 6,
+        "local_steps": 1, "seed": 7, "seeds": "shared", "pool_size": 16, "clients": 4, "clients_per_round": 0,
+        "client_rate": 0.0, "aggregation": "mean", "trim": 0.25, "quorum": 1, "scalar_bound": 1e4, "digest_every": 1,
+        "experiment": "e" * 64,
+    }  # fmt: skip
+    return RunSpec(**{**values, **changes})
+
+
+def initial_values(size: int = SIZE) -> bytes:
+    """The last four entries of theta0, as an artifact."""
+    return pack_values(theta0(size), [(size - 4, 4)])
+
+
+def other_theta0(size: int = SIZE) -> Tensor:
+    """theta0 of a party whose last four entries were drawn anew."""
+    theta = theta0(size)
+    theta[-4:] += 1.0
+    return theta
+
+
+class Rows:
+    """A client's examples: x [n, size] and y [n], with different n for different clients."""
+
+    def __init__(self, client: int, size: int = SIZE) -> None:
+        rng = np.random.default_rng(100 + client)
+        self.x = torch.from_numpy(rng.normal(size=(8 + client, size)).astype(np.float32))
+        self.y = self.x.sum(1) / 2.0
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> Batch:
+        rows = torch.from_numpy(indices)
+        return Batch({"x": self.x[rows], "y": self.y[rows]}, torch.zeros(len(rows), dtype=torch.int64), None)
+
+
+def losses(request: LossRequest) -> Tensor:
+    """float32 [len(offsets), B] at theta + a z."""
+    rows = []
+    for a in request.offsets:
+        point = directions.axpy(request.theta, request.seed, a, request.family, out=torch.empty_like(request.theta))
+        rows.append(0.5 * ((request.batch.inputs["x"] * point).sum(1) - request.batch.inputs["y"]) ** 2)
+    return torch.stack(rows)
+
+
+def mean_loss(theta: Tensor, clients: int = 4) -> float:
+    """Over all examples of the first clients."""
+    sets = [Rows(client, theta.numel()) for client in range(clients)]
+    x, y = torch.cat([s.x for s in sets]), torch.cat([s.y for s in sets])
+    return float((0.5 * (x @ theta - y) ** 2).mean())
+
+
+def answer(worker: Worker, plan: bytes, evaluate: Callable[[LossRequest], Tensor] = losses) -> bytes:
+    """What a worker answers to a plan."""
+    message = decode(plan)
+    assert isinstance(message, Plan)
+    steps = worker.round(message)
+    try:
+        request = next(steps)
+        while True:
+            request = steps.send(evaluate(request))
+    except StopIteration as stop:
+        return bytes(stop.value.to_bytes())
+
+
+def make_worker(spec: RunSpec, client: int, load: Load | None = None) -> Worker:
+    """A worker with a replica of its own; `load` makes its theta0."""
+    made = load or (lambda: theta0(spec.size))
+    digest = theta_digest(made()).hex()
+    return Worker(client, Replica(spec, made), Rows(client, spec.size), spec.fingerprint, spec.space_hash, digest)
+
+
+@dataclass
+class Federation:
+    """A coordinator with its workers, and what went down to each client."""
+
+    coordinator: Coordinator
+    workers: dict[int, Worker]
+    plans: dict[tuple[int, int], list[Plan]] = field(default_factory=dict)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.coordinator.ledger
+
+    def join(self, client: int, load: Load | None = None) -> Worker:
+        """Admits a client, or one that starts anew."""
+        worker = make_worker(self.coordinator.spec, client, load)
+        self.coordinator.admit(worker.hello())
+        self.workers[client] = worker
+        return worker
+
+    def round(self, tamper: Tamper | None = None) -> RoundSummary:
+        """Plays one round; an answer may be tampered with on its way."""
+        pending = self.coordinator.open_round()
+        while pending:
+            replies: list[Plan] = []
+            for plan in pending:
+                self.plans.setdefault((plan.round, plan.client), []).append(plan)
+                data = answer(self.workers[plan.client], plan.to_bytes())
+                for message in [data] if tamper is None else tamper(plan.round, plan.client, data):
+                    again = self.coordinator.receive(plan.client, message)
+                    replies += [again] if again is not None else []
+            pending = replies
+        return self.coordinator.close_round()
+
+    def finish(self, tamper: Tamper | None = None) -> bytes:
+        """Plays the rounds that are left; returns the ledger's hash."""
+        while not self.coordinator.finished:
+            self.round(tamper)
+        return self.ledger.head
+
+
+def start(path: Path, spec: RunSpec, clients: Iterable[int] | None = None) -> Federation:
+    """A new run in an empty folder, or the one whose ledger is there, with workers that stand at theta0."""
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / "ledger.sqlite"
+    artifacts = {spec.initial: initial_values(spec.size)} if spec.initial else None
+    ledger = Ledger(file, write=True) if file.exists() else Ledger.create(file, spec, artifacts)
+    federation = Federation(Coordinator(ledger, Replica(spec, lambda: theta0(spec.size))), {})
+    for client in range(spec.clients) if clients is None else clients:
+        federation.join(client)
+    return federation
+
+
+def with_initial(**changes: Any) -> RunSpec:
+    """A run whose last four entries of theta are an artifact."""
+    return make_spec(initial=artifact_name(initial_values(changes.get("size", SIZE))), **changes)
+
+
+def rounds_of(ledger: Ledger) -> list[LedgerRound]:
+    return list(ledger.read())

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedzo import __version__
 from fedzo.errors import ConfigError, FedzoError
+from fedzo.runtime import keep_memory
 
 INTERRUPTED = 130
 
@@ -326,6 +327,7 @@ def _main(
 
 def main() -> None:
     """Entry point: turns errors into one message and an exit code (2 configuration, 1 other, 130 interrupted)."""
+    keep_memory()
     try:
         app()
     except FedzoError as error:

@@ -132,13 +132,12 @@ class Experiment:
         encoder = self._frozen_encoder
         if encoder is None:
             return data
-        size, parts = self.config.evaluation.batch_size, []
         device = next(encoder.parameters()).device
-        with torch.inference_mode():
-            for start in range(0, len(data), size):
-                batch = data.batch(np.arange(start, min(start + size, len(data)))).to(device)
-                parts.append(encoder.features(**batch.inputs).cpu())
-        return data.with_features(torch.cat(parts).clone())
+        features = torch.empty(len(data), encoder.head.in_features)
+        with torch.no_grad():
+            for chosen in data.by_length(self.config.evaluation.batch_size):
+                features[torch.from_numpy(chosen)] = encoder.features(**data.batch(chosen).to(device).inputs).cpu()
+        return data.with_features(features)
 
     def client_data(self, number: int) -> EncodedDataset:
         """The examples of a client, tokenised once."""
@@ -222,14 +221,14 @@ class Experiment:
 
     def evaluate(self, theta: Tensor, data: EncodedDataset) -> dict[str, float]:
         """Metrics of the model at theta: mean loss, and accuracy and macro-F1 (language modelling: perplexity)."""
-        size = self.config.evaluation.batch_size
-        batches = [data.batch(np.arange(start, min(start + size, len(data)))) for start in range(0, len(data), size)]
+        order = data.by_length(self.config.evaluation.batch_size)
+        batches = [data.batch(chosen) for chosen in order]
         scores = [self.evaluator.scores(theta, batch) for batch in batches]
         losses = torch.cat([losses_from_scores(s, b.labels) for s, b in zip(scores, batches, strict=True)])
         if self.task.num_labels is None:
             tokens = torch.cat([metrics.scored_tokens(batch)[:, 0] for batch in batches])
             return {"loss": metrics.mean_loss(losses, tokens), "perplexity": metrics.perplexity(losses, tokens)}
-        labels, width = torch.from_numpy(data.labels), max(s.shape[1] for s in scores)
+        labels, width = torch.from_numpy(data.labels[np.concatenate(order)]), max(s.shape[1] for s in scores)
         padded = [torch.nn.functional.pad(s, (0, width - s.shape[1]), value=-torch.inf) for s in scores]
         table = torch.cat(padded)
         return {

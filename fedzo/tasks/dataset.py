@@ -87,6 +87,12 @@ class EncodedDataset:
         inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(filled.astype(np.int64))}
         return Batch(inputs, labels, self._token_targets(chosen, rows) if self._scored else None)
 
+    def by_length(self, size: int) -> list[Ints]:
+        """All items in batches of at most `size`, items of like length together: little padding, a fixed order."""
+        longest = np.maximum.reduceat(self._tokens_of, self._first_row) if len(self) else np.zeros(0, np.int64)
+        order = np.argsort(longest, kind="stable")
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
     def _token_targets(self, chosen: Ints, rows: Ints) -> TokenTargets:
         counts = self._targets_of[rows]
         position, token, candidate = self._targets[_ranges(self._first_target[rows], counts)].T

@@ -1,17 +1,18 @@
 """The command line. Every error that a user can cause ends in one message and an exit code that is not 0."""
 
-import json
-import sys
-from collections.abc import Iterator
+import errno
+import shlex
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
 
 from fedzo import __version__
 from fedzo.errors import ConfigError, FedzoError
@@ -19,16 +20,43 @@ from fedzo.runtime import keep_memory
 
 INTERRUPTED = 130
 
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False)
+
+
+class _Commands(TyperGroup):
+    """The commands, with errors turned into one message and an exit code: 2 configuration, 130 Ctrl-C, 1 other."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FedzoError as error:
+            raise _failed(str(error), 2 if isinstance(error, ConfigError) else 1) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `fedzo inspect RUN | head` is no error
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise _failed(f"{where}{error.strerror or error}", 1) from None
+        except KeyboardInterrupt:
+            errors.print("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def _failed(message: str, code: int) -> typer.Exit:
+    errors.print("[bold red]error:[/bold red] ", end="")
+    errors.print(message, markup=False)
+    return typer.Exit(code)
+
+
 app = typer.Typer(
     name="fedzo",
+    cls=_Commands,
     help="Federated zeroth-order fine-tuning: forward passes only, seeds and scalars on the wire.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
-console = Console(highlight=False)
 
 
 class Engine(StrEnum):
@@ -45,32 +73,35 @@ Override = Annotated[
 Round = Annotated[str, typer.Option("--round", help='After which round: "last", "best" (on validation) or a number.')]
 
 
-class _Progress:
-    """A progress bar with round, loss, accuracy, scalars and bytes."""
+class _Progress(Progress):
+    """A progress bar, with loss, accuracy, scalars and bytes on a line of their own, so that nothing is cut."""
 
     def __init__(self, rounds: int, done: int, clients: int, sent: int) -> None:
-        self._clients, self._sent, self._quality, self._before = clients, sent, "", ""
-        self.bar = Progress(
-            TextColumn("round"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=errors,
+        self._clients, self._sent, self._round, self._quality = clients, sent, "", ""
+        super().__init__(
+            TextColumn("round"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=errors,
         )  # fmt: skip
-        self._task = self.bar.add_task("", total=rounds, completed=done, text="")
+        self._task = self.add_task("", total=rounds, completed=done)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text("  ".join(part for part in (self._quality, self._round) if part), no_wrap=True, overflow="ellipsis")
 
     def round(self, summary: Any) -> None:
         self._sent += summary.bytes_up
         loss = "no quorum" if summary.loss is None else f"loss {summary.loss:.4f}"
         dropped = f"  dropped {sum(summary.dropped.values())}" if summary.dropped else ""
-        text = f"{loss}{self._quality}  {summary.scalars} scalars  {_size(self._sent / self._clients)} sent/client{dropped}"
-        self.bar.update(self._task, completed=summary.round + 1, text=text)
+        sent = f"{_size(self._sent / self._clients)} sent by a client"
+        self._round = f"{loss}  {summary.scalars} scalars  {sent}{dropped}"
+        self.update(self._task, completed=summary.round + 1)
 
     def evaluation(self, rounds: int, split: str, metrics: dict[str, float]) -> None:
-        name = next(key for key in (*metrics, "loss") if key != "loss" or len(metrics) == 1)
-        shown = f"{metrics[name]:.1%}" if name == "accuracy" else f"{metrics[name]:.3f}"
+        name = "accuracy" if "accuracy" in metrics else "perplexity"
+        shown = f"{name} {metrics[name]:.1%}" if name == "accuracy" else f"{name} {metrics[name]:.3f}"
         if split == "validation":
-            self._quality = f"  {name} {shown}"
-            if not self.bar.tasks[0].fields["text"]:
-                self.bar.update(self._task, text=self._quality.strip())
-        self.bar.console.print(f"[dim]after {rounds} rounds: {split} {name} {shown}, loss {metrics['loss']:.4f}[/dim]")
+            self._quality = shown
+        self.console.print(f"[dim]after {rounds} rounds: {split} {shown}, loss {metrics['loss']:.4f}[/dim]")
 
 
 def _size(count: float) -> str:
@@ -90,37 +121,42 @@ def _loading(quiet: bool, text: str) -> Iterator[None]:
             yield
 
 
-def _print_figures(figures: dict[str, Any], as_json: bool, title: str = "") -> None:
+def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(figures))
+        from fedzo.run_folder import strict_json
+
+        print(strict_json(figures))
         return
-    table = Table(show_header=False, box=None, title=title or None, title_justify="left", pad_edge=False)
-    for name, value in figures.items():
-        text = name.replace("_", " ")
-        if isinstance(value, float) and "accuracy" in name:
-            shown = f"{value:.2%}"
-        elif "bytes" in name or name.endswith("_up_per_client"):
-            shown = f"{value:,} ({_size(value)})"
-        elif isinstance(value, float):
-            shown = f"{value:.4f}"
-        elif isinstance(value, dict):
-            shown = ", ".join(f"{key} {n}" for key, n in value.items()) or "none"
-        else:
-            shown = f"{value:,}" if isinstance(value, int) else str(value)
-        table.add_row(text, shown)
-    console.print(table)
+    width = max(map(len, figures))
+    for name, value in figures.items():  # a line each, however long: hashes are there to be copied
+        console.print(f"{name.replace('_', ' '):{width}}  {_shown(name, value)}", markup=False)
 
 
-def _go(folder: Any, config: Any, quiet: bool, as_json: bool) -> None:
-    """Runs a folder's run to its end in this process and prints its figures."""
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
+    if isinstance(value, float):
+        return f"{value:.2%}" if "accuracy" in name else f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,} ({_size(value)})" if name.endswith("_per_client") else f"{value:,}"
+    return str(value)
+
+
+def _go(folder: Any, config: Any, quiet: bool, as_json: bool, new: bool = False) -> None:
+    """Runs a folder's run to its end in this process and prints its figures; `new`: makes the folder first."""
     from fedzo import engine
     from fedzo.experiment import Experiment
     from fedzo.federation.ledger import Ledger
-    from fedzo.report import plot, summarise
+    from fedzo.run_folder import RunFolder
 
     silent = quiet or as_json
     with _loading(silent, "loading model and data"):
         experiment = Experiment(config)
+        splits = experiment.splits
+        if new:  # not before model and data are there: a mistake in them leaves no folder
+            folder = RunFolder.create(folder.path, config)
         done = sent = 0
         if folder.ledger.exists():
             with Ledger(folder.ledger) as ledger:
@@ -129,20 +165,43 @@ def _go(folder: Any, config: Any, quiet: bool, as_json: bool) -> None:
         if silent:
             ledger = engine.run(experiment, folder)
         else:
-            progress = _Progress(config.federation.rounds, done, config.data.clients, sent)
-            with progress.bar:
+            _warn_of_overlap(splits)
+            with _Progress(config.federation.rounds, done, config.data.clients, sent) as progress:
                 ledger = engine.run(experiment, folder, [progress])
     except KeyboardInterrupt:
+        raise _interrupted(folder) from None
+    with ledger:
+        _finish(folder, ledger, as_json)
+
+
+def _interrupted(folder: Any) -> typer.Exit:
+    from fedzo.federation.ledger import Ledger
+
+    done = 0
+    if folder.ledger.exists():
         with Ledger(folder.ledger) as ledger:
             done = ledger.rounds
-        errors.print(f"interrupted after {done} committed rounds; `fedzo resume {folder.path}` goes on")
-        raise typer.Exit(INTERRUPTED) from None
-    with ledger:
-        _finish(folder, ledger, as_json, plot, summarise)
+    command = f"fedzo resume {shlex.quote(str(folder.path))}"
+    errors.print(f"interrupted after {done} committed rounds; `{command}` goes on", markup=False)
+    return typer.Exit(INTERRUPTED)
 
 
-def _finish(folder: Any, ledger: Any, as_json: bool, plot: Any, summarise: Any) -> None:
+def _warn_of_overlap(splits: Any) -> None:
+    for count, part, other in (
+        (splits.train_in_test, "training", "test"),
+        (splits.validation_in_test, "validation", "test"),
+        (splits.train_in_validation, "training", "validation"),
+    ):
+        if count:
+            errors.print(
+                f"[yellow]warning:[/yellow] {count} {part} examples are also in the {other} data; they are kept"
+            )
+
+
+def _finish(folder: Any, ledger: Any, as_json: bool) -> None:
     import importlib.util
+
+    from fedzo.report import plot, summarise
 
     if importlib.util.find_spec("matplotlib"):
         plot(ledger, folder.path)
@@ -165,19 +224,20 @@ def run(
     from fedzo.run_folder import RunFolder, new_run_path
 
     checked = load_config(config, override).resolved()
-    path = out or new_run_path(checked)
-    if engine is Engine.FLOWER:
-        from fedzo.federation.ledger import Ledger
-        from fedzo.flower import run_flower
-        from fedzo.report import plot, summarise
-
-        if (path / "ledger.sqlite").exists():
-            raise ConfigError(f"{path} already holds a run; choose another --out")
-        run_flower(checked, path, quiet=quiet or as_json)
-        with Ledger(path / "ledger.sqlite") as ledger:
-            _finish(RunFolder.open(path), ledger, as_json, plot, summarise)
+    folder = RunFolder(out or new_run_path(checked))
+    folder.check_new()
+    if engine is Engine.LOCAL:
+        _go(folder, checked, quiet, as_json, new=True)
         return
-    _go(RunFolder.create(path, checked), checked, quiet, as_json)
+    from fedzo.federation.ledger import Ledger
+    from fedzo.flower import run_flower
+
+    try:
+        run_flower(checked, folder.path, quiet=quiet or as_json)
+    except KeyboardInterrupt:
+        raise _interrupted(folder) from None
+    with Ledger(folder.ledger) as ledger:
+        _finish(folder, ledger, as_json)
 
 
 @app.command()
@@ -248,6 +308,7 @@ def inspect(run: RunPath, as_json: Json = False) -> None:
     """What a run is: configuration, rounds, records, bytes up and down a client, accuracy."""
     from fedzo.config import Config, flatten
     from fedzo.report import summarise
+    from fedzo.run_folder import strict_json
 
     folder, ledger = _open(run)
     with ledger:
@@ -255,7 +316,7 @@ def inspect(run: RunPath, as_json: Json = False) -> None:
     default = flatten(Config())
     changed = {key: value for key, value in flatten(config).items() if value != default[key]}
     if as_json:
-        print(json.dumps({"run": str(folder.path), "config": flatten(config), **figures}))
+        print(strict_json({"run": str(folder.path), "config": flatten(config), **figures}))
         return
     _print_figures({"run": str(folder.path), **figures}, False)
     console.print("\nconfiguration (what differs from the default):")
@@ -326,14 +387,6 @@ def _main(
 
 
 def main() -> None:
-    """Entry point: turns errors into one message and an exit code (2 configuration, 1 other, 130 interrupted)."""
+    """Entry point of the console script."""
     keep_memory()
-    try:
-        app()
-    except FedzoError as error:
-        errors.print("[bold red]error:[/bold red] ", end="")
-        errors.print(str(error), markup=False)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(INTERRUPTED)
+    app()

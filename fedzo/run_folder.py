@@ -5,6 +5,7 @@ The ledger is the truth; metrics.jsonl and the events are written along for othe
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
@@ -42,6 +43,15 @@ class RunFolder:
     def events(self) -> Path:
         return self.path / "tensorboard"
 
+    def check_new(self) -> None:
+        """Raises RunError where there is a run, or a file in the way."""
+        if self.ledger.exists():
+            raise RunError(
+                f"{self.path} already holds a run; `fedzo resume {self.path}` goes on with it, or choose another --out"
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; choose another --out")
+
     @staticmethod
     def create(path: Path, config: Config) -> "RunFolder":
         """A new folder with its configuration.
@@ -50,10 +60,7 @@ class RunFolder:
             RunError: the folder already holds a run, or cannot be written.
         """
         folder = RunFolder(path)
-        if folder.ledger.exists():
-            raise RunError(
-                f"{path} already holds a run; `fedzo resume {path}` goes on with it, or choose another --out"
-            )
+        folder.check_new()
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_atomically(folder.config, to_toml(config))
@@ -188,9 +195,20 @@ class MetricsLog:
                 self._board.close()
 
 
+def strict_json(value: Any) -> str:
+    """JSON that every reader takes: a number that is not finite (the loss of a diverged model) is null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, float) and not math.isfinite(part):
+            return None
+        return {key: finite(item) for key, item in part.items()} if isinstance(part, dict) else part
+
+    return json.dumps(finite(value))
+
+
 def _round_line(summary: Mapping[str, Any]) -> str:
-    return json.dumps({"event": "round", **summary}) + "\n"
+    return strict_json({"event": "round", **summary}) + "\n"
 
 
 def _evaluation_line(rounds: int, split: str, metrics: Mapping[str, float]) -> str:
-    return json.dumps({"event": "evaluation", "rounds": rounds, "split": split, **metrics}) + "\n"
+    return strict_json({"event": "evaluation", "rounds": rounds, "split": split, **metrics}) + "\n"

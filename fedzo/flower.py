@@ -74,7 +74,7 @@ def run_flower(config: Config, out: Path, *, quiet: bool = False) -> None:
         log = log_path.open("w", encoding="utf-8")
     except OSError as error:
         raise RunError(f"cannot write the run folder {out}: {error.strerror}") from error
-    with log, tempfile.TemporaryDirectory(prefix="fedzo-flower-", ignore_cleanup_errors=True) as name:
+    with log, tempfile.TemporaryDirectory(prefix="fedzo-", ignore_cleanup_errors=True) as name:
         home = Path(name)
         app = _copy_app(home / "app")
         run_config = home / "run.toml"
@@ -137,21 +137,13 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
             port = probe.getsockname()[1]
         connection = f'[superlink.fedzo]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         (home / "config.toml").write_text(f'[superlink]\ndefault = "fedzo"\n\n{connection}', encoding="utf-8")
-        options = [
-            "--insecure",
-            "--simulation",
-            "--isolation",
-            "subprocess",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
+        options = ["--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
+        command = [*_program("flower-superlink"), *options, "--port", str(port)]
         with (home / "superlink.log").open("w", encoding="utf-8") as log:
             # Its working directory is where Ray's workers look for modules first: nothing there may shadow the app's.
             process = subprocess.Popen(
-                [*_program("flower-superlink"), *options], cwd=home, env=environment, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                command, cwd=home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
         try:
             if _answers(process, port):
@@ -169,8 +161,9 @@ def _program(name: str) -> list[str]:
     command = [str(path) if path.exists() else name]
     if sys.platform != "linux":
         return command
-    wrapper = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
-    return [sys.executable, "-c", wrapper, *command]  # 1: PR_SET_PDEATHSIG, 15: SIGTERM
+    # PR_SET_PDEATHSIG (1) with SIGTERM, and PR_SET_CHILD_SUBREAPER (36): orphans become its children, none is missed.
+    prctl = "import ctypes, os, sys; p = ctypes.CDLL(None).prctl; p(1, 15); p(36, 1)"
+    return [sys.executable, "-c", f"{prctl}; os.execvp(sys.argv[1], sys.argv[1:])", *command]
 
 
 def _answers(process: "subprocess.Popen[Any]", port: int) -> bool:

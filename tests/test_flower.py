@@ -1,0 +1,311 @@
+"""Flower: the unmodified apps over an in-process Grid, and the launcher with the real simulation."""
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # clients/ and server/ are not part of the installed package
+
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict  # noqa: E402
+from flwr.serverapp import Grid  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
+from clients import app as client_side  # noqa: E402
+from fedzo import engine, flower  # noqa: E402
+from fedzo.config import Config, flatten, from_flat  # noqa: E402
+from fedzo.errors import LedgerError, RunError  # noqa: E402
+from fedzo.experiment import Experiment  # noqa: E402
+from fedzo.federation.coordinator import RoundSummary  # noqa: E402
+from fedzo.federation.ledger import Ledger  # noqa: E402
+from fedzo.run_folder import RunFolder  # noqa: E402
+from server import app as server_side  # noqa: E402
+
+TINY = {
+    "data.clients": 3, "data.limit": 60, "data.test": "", "evaluation.limit": 16, "evaluation.every": 0,
+    "federation.rounds": 3, "federation.local_steps": 2, "method.queries": 2, "method.batch_size": 4,
+}  # fmt: skip
+
+
+class InProcessGrid(Grid):
+    """Calls the ClientApp for every message.
+
+    Args:
+        partitions: client number of each node.
+        forge: may change a reply, lose it (None), or raise as a broken node would.
+    """
+
+    def __init__(
+        self, config: Config, out: Path, partitions: Iterable[int], forge: Callable[[int, Message], Message | None]
+    ) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # private; Message() needs them
+        self.run_config = flatten(config) | {"out": str(out)}
+        self.contexts = {
+            1000 - i: self.context(1000 - i, {"partition-id": number}) for i, number in enumerate(partitions)
+        }
+        self.forge, self.replies, self.ids = forge, dict[str, Message](), itertools.count()
+        self.errors: list[Error] = []
+
+    def context(self, node: int, node_config: Mapping[str, Any]) -> Context:
+        return Context(
+            run_id=1, node_id=node, node_config=dict(node_config), state=RecordDict(), run_config=self.run_config
+        )
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        return [self.handle(message) for message in messages]
+
+    def handle(self, message: Message) -> str:
+        name, context = str(next(self.ids)), self.contexts[message.metadata.dst_node_id]
+        message.metadata.__dict__["_message_id"] = name
+        try:
+            reply = self.forge(int(context.node_config["partition-id"]), client_side.app(message, context))
+        except Exception as error:  # Flower, too, puts the text into an error reply
+            self.errors.append(Error(code=0, reason=str(error)))
+            reply = Message(self.errors[-1], reply_to=message)
+        if reply is not None:
+            self.replies[name] = reply
+        return name
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self.replies.pop(name) for name in message_ids if name in self.replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        raise NotImplementedError
+
+
+def honest(number: int, reply: Message) -> Message:
+    return reply
+
+
+def serve(
+    config: Config, out: Path, partitions: Iterable[int] = (0, 1, 2), forge: Callable[..., Message | None] = honest
+) -> InProcessGrid:
+    """Runs the ServerApp to its end."""
+    grid = InProcessGrid(config, out, partitions, forge)
+    server_side.app(grid, grid.context(1, {}))
+    return grid
+
+
+def tiny(**changes: Any) -> Config:
+    return from_flat(TINY | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The ledger's hash after a run without Flower."""
+    config = tiny()
+    folder = RunFolder.create(tmp_path_factory.mktemp("local"), config)
+    with engine.run(Experiment(config), folder) as ledger:
+        return ledger.head
+
+
+def head_of(out: Path) -> bytes:
+    with Ledger(out / "ledger.sqlite") as ledger:
+        return ledger.head
+
+
+def test_same_ledger_as_without_flower(tmp_path: Path, head: bytes) -> None:
+    serve(tiny(), tmp_path, (2, 0, 1))
+    assert head_of(tmp_path) == head
+    assert RunFolder.open(tmp_path).load_config() == tiny()
+
+
+def test_goes_on_with_a_run_begun_without_flower(tmp_path: Path, head: bytes) -> None:
+    class StopError(Exception):
+        pass
+
+    class Interrupt:
+        def round(self, summary: RoundSummary) -> None:
+            raise StopError
+
+        def evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None: ...
+
+    with pytest.raises(StopError):
+        engine.run(Experiment(tiny()), RunFolder.create(tmp_path, tiny()), [Interrupt()])
+    assert head_of(tmp_path) != head
+    serve(tiny(), tmp_path)
+    assert head_of(tmp_path) == head
+    with pytest.raises(LedgerError, match="eps"):
+        serve(tiny(method__eps=0.01), tmp_path)
+
+
+def test_bad_nodes_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def forge(number: int, reply: Message) -> Message | None:
+        record = reply.content.config_records["fedzo"]
+        if "answer" not in record:
+            if number == 1:
+                record["fingerprint"] = "0" * 64
+            if number == 2:
+                reply.content["fedzo"] = ConfigRecord({"client": "2", "secret": 1})
+            return reply
+        if number == 3:
+            return None  # never answers
+        if number == 4:
+            raise RuntimeError("broken node")
+        if number == 5:
+            reply.content["fedzo"] = ConfigRecord({"answer": "text"})
+        if number == 6:
+            reply.content = RecordDict()
+        return reply
+
+    # A second node that claims to be client 0, and one with a number beyond the run's.
+    config = tiny(data__clients=7, federation__rounds=1, runtime__round_timeout=5.0)
+    serve(config, tmp_path, (0, 1, 2, 3, 4, 5, 6, 0, 9), forge)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        (entry,) = ledger.read()
+        (summary,) = ledger.summaries()
+    assert entry.clients == (0,)
+    assert summary["sampled"] == 5
+    assert summary["dropped"] == {"malformed": 2, "no-reply": 2}
+    printed = capsys.readouterr().out
+    assert "client 1 refused: its fingerprint is" in printed
+    assert "a node answered with something else than a hello" in printed
+    assert "client 0 refused: another node is that client already" in printed
+    assert "client 9 refused: the run has the clients 0 to 6" in printed
+
+
+def test_a_failing_client_tells_nothing_and_recovers(tmp_path: Path, head: bytes) -> None:
+    """The first plan of client 1 is spoilt on its way: it says one sentence, and is back in the next round."""
+
+    class Spoilt(InProcessGrid):
+        left = 1
+
+        def handle(self, message: Message) -> str:
+            record = message.content.config_records["fedzo"]
+            if self.left and "plan" in record and message.metadata.dst_node_id == 999:
+                self.left -= 1
+                record["plan"] = record["plan"][:-3]
+            return super().handle(message)
+
+    grid = Spoilt(tiny(), tmp_path, (0, 1, 2), honest)
+    server_side.app(grid, grid.context(1, {}))
+    assert [error.reason for error in grid.errors] == ["the client could not do the plan"]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert [entry.clients for entry in ledger.read()] == [(0, 2), (0, 1, 2), (0, 1, 2)]
+        assert ledger.summaries()[0]["dropped"] == {"no-reply": 1}
+    assert head_of(tmp_path) != head
+
+
+def test_a_client_that_cannot_start_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Elsewhere(InProcessGrid):
+        def handle(self, message: Message) -> str:
+            self.contexts[message.metadata.dst_node_id].run_config = self.run_config | {
+                "data.source": "/nowhere/secret"
+            }
+            return super().handle(message)
+
+    grid = Elsewhere(tiny(), tmp_path, (0, 1, 2), honest)
+    with pytest.raises(RunError, match="0 of 3 clients could be registered"):
+        server_side.app(grid, grid.context(1, {}))
+    printed = capsys.readouterr()
+    assert "DataError; its own log says more" in printed.out
+    assert "secret" not in printed.out
+
+
+def test_too_few_nodes_names_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_side, "PATIENCE", 0.1)
+    with pytest.raises(RunError, match=r"2 nodes are there, the run has 3 clients.*num-supernodes=3"):
+        serve(tiny(), tmp_path, (0, 1))
+
+
+def test_run_config_lists_every_key() -> None:
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
+    assert app["config"] == tomllib.loads(flower.run_config_toml())["tool"]["flwr"]["app"]["config"]
+    from flwr.common.config import flatten_dict
+
+    assert flatten_dict(app["config"]) == flatten(Config()) | {"out": ""}
+
+
+def test_every_config_file_is_a_run_config() -> None:
+    from flwr.common.config import parse_config_args
+
+    files = sorted((ROOT / "configs").glob("*.toml"))
+    for path in files:
+        assert parse_config_args([str(path)]).keys() <= flatten(Config()).keys(), path
+
+
+def test_launcher_needs_flower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r'pip install "fedzo\[flower\]"'):
+        flower.run_flower(tiny(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def running(mark: str) -> list[str]:
+    """Processes whose environment or command line holds a text."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (path / "environ").read_bytes() + (path / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if mark.encode() in text and int(path.name) != os.getpid():
+            found.append(path.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_simulation(
+    tmp_path: Path, head: bytes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDZO_TEST", str(tmp_path))  # marks every process that comes of this test
+    before = Path.cwd()
+    flower.run_flower(tiny(), tmp_path / "run")
+    assert head_of(tmp_path / "run") == head
+    assert "3 of 3 clients registered" in capfd.readouterr().err
+    assert running(str(tmp_path)) == []
+    assert Path.cwd() == before
+
+    with pytest.raises(RunError, match=r"finished:failed.*nowhere"):
+        flower.run_flower(tiny(model__source="nowhere/at-all"), tmp_path / "failed", quiet=True)
+    assert capfd.readouterr().err == ""
+    assert (tmp_path / "failed" / "flower.log").is_file()
+    assert running(str(tmp_path)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ends with its parent on Linux only")
+def test_nothing_outlives_a_killed_launcher(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(flower.to_toml(tiny(federation__rounds=10**6)), encoding="utf-8")
+    code = (
+        "import sys; from pathlib import Path;"
+        "from fedzo.config import load_config; from fedzo.flower import run_flower;"
+        "run_flower(load_config(Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    environment = os.environ | {"FEDZO_TEST": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(config), str(tmp_path / "run")], env=environment)
+    try:
+        end = time.monotonic() + 200
+        while not (tmp_path / "run" / "ledger.sqlite").exists() and time.monotonic() < end:
+            assert process.poll() is None
+            time.sleep(0.2)
+    finally:
+        process.kill()
+        process.wait()
+    end = time.monotonic() + 60
+    while running(str(tmp_path)) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert running(str(tmp_path)) == []

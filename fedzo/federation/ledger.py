@@ -82,9 +82,12 @@ def chain(previous: bytes, payload: bytes) -> bytes:
 def _connect(path: Path, write: bool) -> sqlite3.Connection:
     """A connection in autocommit; transactions are written out."""
     uri = path.absolute().as_uri()
+    folder_writable = os.access(path.parent, os.W_OK)
+    if write and not (folder_writable and os.access(path, os.W_OK)):
+        raise LedgerError(f"{path} cannot be opened for writing: it or its folder is read-only")
     # Without a write-ahead log the file is complete; "immutable" then spares SQLite from making one, which a read-only
     # directory would refuse.
-    settled = not path.with_name(f"{path.name}-wal").exists() and not os.access(path.parent, os.W_OK)
+    settled = not path.with_name(f"{path.name}-wal").exists() and not folder_writable
     mode = "rw" if write else "ro&immutable=1" if settled else "ro"
     try:
         return sqlite3.connect(f"{uri}?mode={mode}", uri=True, isolation_level=None)

@@ -4,6 +4,7 @@ The ledger is the truth; metrics.jsonl and the events are written along for othe
 """
 
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -126,7 +127,7 @@ class MetricsLog:
 
     def __init__(self, folder: RunFolder, ledger: Ledger) -> None:
         """Opens the log at where the ledger stands: lines that a crash lost or left too much are made right."""
-        self._path = folder.metrics
+        self._metrics = folder.metrics
         summaries = ledger.summaries()
         evaluations = [
             (split, rounds, metrics)
@@ -135,21 +136,11 @@ class MetricsLog:
         ]
         lines = [_round_line(summary) for summary in summaries]
         lines += [_evaluation_line(rounds, split, metrics) for split, rounds, metrics in evaluations]
-        try:
-            write_atomically(self._path, "".join(lines))
-            self._file = self._path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"cannot write {self._path}: {error.strerror}") from error
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._board = None  # the extra "plots" is not installed
-            return
-        try:
-            shutil.rmtree(folder.events, ignore_errors=True)
-            self._board = SummaryWriter(str(folder.events))
-        except OSError as error:
-            raise RunError(f"cannot write {folder.events}: {error.strerror}") from error
+        with _written(self._metrics):
+            write_atomically(self._metrics, "".join(lines))
+            self._file = self._metrics.open("a", encoding="utf-8")
+        with _written(folder.events):
+            self._events = _Events.open(folder.events)
         for summary in summaries:
             self._plot_round(summary)
         for split, rounds, metrics in evaluations:
@@ -159,40 +150,83 @@ class MetricsLog:
         self._write(_round_line(vars(summary)))
         self._plot_round(vars(summary))
 
-    def _plot_round(self, summary: Mapping[str, Any]) -> None:
-        if self._board is not None:
-            scalars = {name: summary[name] for name in ("loss", "accepted", "bytes_up", "bytes_down", "max_scalar")}
-            scalars["dropped"] = sum(summary["dropped"].values())
-            for name, value in scalars.items():
-                if value is not None:
-                    self._board.add_scalar(f"round/{name}", value, summary["round"] + 1)
-
     def evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:
         self._write(_evaluation_line(rounds, split, metrics))
         self._plot_evaluation(rounds, split, metrics)
 
-    def _plot_evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(f"{split}/{name}", value, rounds)
-
     def _write(self, line: str) -> None:
-        try:
+        with _written(self._metrics):
             self._file.write(line)
             self._file.flush()
-        except OSError as error:
-            raise RunError(
-                f"cannot write {self._path}: {error.strerror}; committed rounds are intact: free space, then "
-                "`fedzo resume`"
-            ) from error
+
+    def _plot_round(self, summary: Mapping[str, Any]) -> None:
+        values = {name: summary[name] for name in ("loss", "accepted", "bytes_up", "bytes_down", "max_scalar")}
+        values["dropped"] = sum(summary["dropped"].values())
+        self._plot({f"round/{name}": value for name, value in values.items()}, summary["round"] + 1)
+
+    def _plot_evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:
+        self._plot({f"{split}/{name}": value for name, value in metrics.items()}, rounds)
+
+    def _plot(self, values: Mapping[str, float | None], step: int) -> None:
+        if self._events is not None:
+            with _written(self._events.path):
+                self._events.add({name: value for name, value in values.items() if value is not None}, step)
 
     def close(self) -> None:
         # A full disk was told when the line was written; both files are made anew on resume.
         with suppress(OSError):
             self._file.close()
-        if self._board is not None:
+        if self._events is not None:
             with suppress(OSError):
-                self._board.close()
+                self._events.close()
+
+
+class _Events:
+    """A TensorBoard event file. (TensorBoard's own writer has a thread, which prints a full disk as a traceback.)"""
+
+    def __init__(self, path: Path) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.path = path
+        self._file = path.open("wb")
+        self._records = RecordWriter(self._file)
+        self._put(file_version="brain.Event:2")
+
+    @staticmethod
+    def open(directory: Path) -> "_Events | None":
+        """A new event file in the directory, the only one; None where the extra "plots" is not installed."""
+        if importlib.util.find_spec("tensorboard") is None:
+            return None
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(exist_ok=True)
+        return _Events(directory / f"events.out.tfevents.{time.time_ns() // 10**9}.fedzo")
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        """Values of a step; seen by TensorBoard at once."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._put(step=step, summary=Summary(value=scalars))
+
+    def _put(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turns a failed write into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; committed rounds are intact: free space, then `fedzo resume`"
+        ) from error
 
 
 def strict_json(value: Any) -> str:

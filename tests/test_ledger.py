@@ -366,6 +366,28 @@ def test_writes_that_the_system_refuses(tmp_path: Path) -> None:
     assert len(read_all(path)) == rounds + 1
 
 
+@pytest.mark.parametrize("statement", ["INSERT INTO rounds", "UPDATE header", "COMMIT"])
+def test_kill_9_within_a_round_loses_that_round(tmp_path: Path, statement: str) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with Ledger.create(path, make_spec()) as ledger:
+        ledger.append(entry(0), {})
+
+    def die() -> None:
+        with Ledger(path, write=True) as ledger:
+            # SQLite calls it before it runs a statement
+            ledger._db.set_trace_callback(
+                lambda sql: os.kill(os.getpid(), signal.SIGKILL) if statement in sql else None
+            )
+            ledger.append(entry(1), {})
+
+    child, _ = in_child(die)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert [e.round for e in read_all(path)] == [0]
+    with Ledger(path, write=True) as ledger:
+        ledger.append(entry(1), {})
+    assert [e.round for e in read_all(path)] == [0, 1]
+
+
 def test_kill_9_loses_at_most_the_round_in_flight(tmp_path: Path) -> None:
     path, spec = tmp_path / "ledger.sqlite", make_spec(rounds=10**6)
     Ledger.create(path, spec).close()

@@ -145,6 +145,42 @@ def test_a_round_is_committed_before_it_is_told(tmp_path: Path) -> None:
     assert summary.bytes_down == sum(len(plans[0].to_bytes()) for plans in run.plans.values())
 
 
+@pytest.mark.parametrize("seeds", ["shared", "independent", "pool"])
+@pytest.mark.parametrize("aggregation", ["mean", "uniform"])
+def test_records_are_the_weighted_contributions(tmp_path: Path, seeds: str, aggregation: str) -> None:
+    """A client of n examples weighs n in "mean", 1 in "uniform"; the sum of weights is 1."""
+    run, sent = start(tmp_path, make_spec(seeds=seeds, aggregation=aggregation, local_steps=2)), {}
+
+    def listen(round_: int, client: int, data: bytes) -> list[bytes]:
+        sent[client] = contribution(data)
+        return [data]
+
+    run.round(listen)
+    (entry,) = rounds_of(run.ledger)
+    counts = [sent[client].examples if aggregation == "mean" else 1 for client in range(4)]
+    scaled = [sent[client].scalars.astype(float) * counts[client] / sum(counts) for client in range(4)]
+    if seeds == "shared":
+        assert np.array_equal(entry.seeds, sent[0].seeds)
+        np.testing.assert_allclose(entry.scalars, sum(scaled), rtol=1e-6)
+    else:
+        assert np.array_equal(entry.seeds, np.concatenate([sent[client].seeds for client in range(4)], axis=1))
+        np.testing.assert_allclose(entry.scalars, np.concatenate(scaled, axis=1), rtol=1e-6)
+
+
+def test_a_full_disk_stops_the_run_and_resume_ends_it_alike(tmp_path: Path) -> None:
+    spec = make_spec(seeds="independent", queries=100, local_steps=2)
+    head = start(tmp_path / "whole", spec).finish()
+    run = start(tmp_path / "full", spec)
+    run.round()
+    (pages,) = run.ledger._db.execute("PRAGMA page_count").fetchone()
+    run.ledger._db.execute(f"PRAGMA max_page_count = {pages + 8}")
+    with pytest.raises(LedgerError, match=r"could not be written .* `fedzo resume`"):
+        run.finish()
+    assert 1 <= run.ledger.rounds < 6
+    run.ledger.close()
+    assert start(tmp_path / "full", spec).finish() == head
+
+
 # -- catching up
 
 
@@ -216,18 +252,22 @@ def test_a_restarted_worker_says_that_it_is_behind(tmp_path: Path, seeds: str, d
     assert theta_digest(restarted.replica.theta) == theta_digest(run.workers[0].replica.theta)
 
 
-def test_behind_is_granted_once_a_round(tmp_path: Path) -> None:
+def test_behind_is_granted_twice_a_round(tmp_path: Path) -> None:
+    """A client may be several processes that stand at different rounds: the second new plan suits all of them."""
     run = start(tmp_path, make_spec(rounds=20))
     for _ in range(5):
         run.round()
     spec = run.coordinator.spec
     run.coordinator.open_round()
-    ask = [Behind(spec.run_id, 5, 2, applied).to_bytes() for applied in (4, 3, 2)]
+    ask = [Behind(spec.run_id, 5, 2, applied).to_bytes() for applied in (4, 3, 2, 0)]
     granted = [run.coordinator.receive(2, data) for data in ask]
     assert granted[0] is None  # it stands at 4 as far as the coordinator knows: the plan was right
-    assert isinstance(granted[1], Plan) and granted[1].catch_up.start == 3
-    assert granted[2] is None
-    assert run.coordinator.close_round().dropped == {"behind": 2, "no-reply": 3}
+    assert [plan and plan.catch_up.start for plan in granted[1:]] == [3, 0, None]
+    assert isinstance(granted[2], Plan)
+    newcomer = make_worker(spec, 2)
+    assert run.coordinator.receive(2, answer(newcomer, granted[2].to_bytes())) is None
+    summary = run.coordinator.close_round()
+    assert summary.dropped == {"behind": 2, "no-reply": 3} and summary.accepted == 1
 
 
 def test_a_wrong_theta_is_noticed_and_heals(tmp_path: Path) -> None:

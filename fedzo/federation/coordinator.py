@@ -76,7 +76,7 @@ class _Open:
     seeds: dict[int, Seeds]
     contributions: dict[int, Contribution] = field(default_factory=dict)
     answered: set[int] = field(default_factory=set)
-    rewound: set[int] = field(default_factory=set)
+    rewound: Counter[int] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     bytes_down: int = 0
     bytes_up: int = 0
@@ -207,10 +207,11 @@ class Coordinator:
         else:
             if isinstance(message, Behind) and self._fault(client, message) is None:
                 member = self.members[client]
-                # Once a round: a client that asks again and again would have the whole history sent each time.
-                if message.applied < member.applied and client not in current.rewound:
-                    current.rewound.add(client)
-                    member.applied = message.applied
+                # The second new plan of a round starts at theta0, so that any process of the client can use it, and is
+                # the last: a client that asks again and again would have the whole history sent each time.
+                if message.applied < member.applied and current.rewound[client] < 2:
+                    member.applied = 0 if current.rewound[client] else message.applied
+                    current.rewound[client] += 1
                     return self._plan(client)
                 reason = "behind"
             elif isinstance(message, Plan):

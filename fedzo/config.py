@@ -106,7 +106,7 @@ class DataSection(Section):
     )
     limit: int = Field(default=0, ge=0, description="training examples at most; 0: all")
     clients: int = Field(default=10, ge=1, description="number of clients")
-    partition: str = Field(default="iid", description="how clients' data differ: iid, dirichlet, natural, ...")
+    partition: str = Field(default="dirichlet", description="how clients' data differ: iid, dirichlet, natural, ...")
     alpha: float = Field(
         default=0.5, gt=0, description="concentration of the Dirichlet partition: smaller is more skewed"
     )
@@ -120,10 +120,10 @@ class MethodSection(Section):
     estimator: str = Field(default="two-point", description="queries -> scalars")
     optimizer: str = Field(default="sgd", description="records -> theta")
     eps: float = Field(default=1e-3, gt=0, description="distance of the two points from theta")
-    queries: int = Field(default=4, ge=1, le=65535, description="P, directions of a step")
-    batch_size: int = Field(default=16, ge=1, description="examples of a step on one client")
+    queries: int = Field(default=2, ge=1, le=65535, description="P, directions of a step")
+    batch_size: int = Field(default=8, ge=1, description="examples of a step on one client")
     learning_rate: float = Field(default=1e-3, gt=0, description="peak step size")
-    schedule: str = Field(default="constant", description="constant, linear or cosine")
+    schedule: str = Field(default="linear", description="constant, linear or cosine")
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise from 0")
 
 

@@ -86,7 +86,8 @@ class _Progress(Progress):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
-        yield Text("  ".join(part for part in (self._quality, self._round) if part), no_wrap=True, overflow="ellipsis")
+        if text := "  ".join(part for part in (self._quality, self._round) if part):
+            yield Text(text, no_wrap=True, overflow="ellipsis")
 
     def round(self, summary: Any) -> None:
         self._sent += summary.bytes_up
@@ -121,15 +122,22 @@ def _loading(quiet: bool, text: str) -> Iterator[None]:
             yield
 
 
+_NAMES = {
+    "weights_up_per_client": "had it sent the weights",
+    "model_up_per_client": "had it sent the whole model",
+}
+
+
 def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         from fedzo.run_folder import strict_json
 
         print(strict_json(figures))
         return
-    width = max(map(len, figures))
+    names = {name: _NAMES.get(name, name.replace("_", " ")) for name in figures}
+    width = max(map(len, names.values()))
     for name, value in figures.items():  # a line each, however long: hashes are there to be copied
-        console.print(f"{name.replace('_', ' '):{width}}  {_shown(name, value)}", markup=False)
+        console.print(f"{names[name]:{width}}  {_shown(name, value)}", markup=False)
 
 
 def _shown(name: str, value: Any) -> str:
@@ -140,7 +148,9 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2%}" if "accuracy" in name else f"{value:.4f}"
     if isinstance(value, int):
-        return f"{value:,} ({_size(value)})" if name.endswith("_per_client") else f"{value:,}"
+        if name.endswith("_per_client"):
+            return f"{value} bytes" if value < 1000 else f"{value:,} bytes ({_size(value)})"
+        return f"{value:,}"
     return str(value)
 
 

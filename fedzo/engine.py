@@ -1,5 +1,7 @@
 """Runs a run: the round loop over any transport, and the transport within one process."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -108,6 +110,14 @@ def start(folder: RunFolder, experiment: Experiment) -> Ledger:
     return Ledger.create(folder.ledger, spec, {spec.initial: experiment.initial} if spec.initial else None)
 
 
+# What the hashes in a ledger's header stand for.
+_MEANING = {
+    "fingerprint": "fingerprint (of the base model)",
+    "space_hash": "space_hash (of the trainable parameters)",
+    "experiment": "experiment (hash of seed, model, space, task and data in config.toml)",
+}
+
+
 def check_same(ledger: Ledger, experiment: Experiment) -> None:
     """Checks that a ledger is this experiment's.
 
@@ -119,8 +129,9 @@ def check_same(ledger: Ledger, experiment: Experiment) -> None:
     skip = {"theta0", "initial"} if ledger.spec.initial else set()
     for name, value in wanted.items():
         if name not in skip and found[name] != value:
+            what = _MEANING.get(name, name)
             raise LedgerError(
-                f"{ledger.path} belongs to another run: its {name} is {found[name]!r}, "
+                f"{ledger.path} belongs to another run: its {what} is {found[name]!r}, "
                 f"model and config.toml give {value!r}"
             )
 
@@ -173,10 +184,26 @@ def choose_round(ledger: Ledger, text: str) -> int:
 
 
 def export(experiment: Experiment, ledger: Ledger, rounds: int, directory: Path) -> str:
-    """Replays a ledger onto the base model and saves the fine-tuned model; returns theta's digest."""
+    """Replays a ledger onto the base model and saves the fine-tuned model, whole or not at all; returns theta's digest.
+
+    Raises:
+        RunError: the directory cannot be written.
+    """
+    from safetensors import SafetensorError
+
     from fedzo.models import save_finetuned
 
     replica = experiment.replica(ledger.spec)
     replay(ledger, replica, rounds)
-    save_finetuned(experiment.loaded, experiment.space, replica.theta, directory)
+    scratch = directory.with_name(f".{directory.name}.{os.getpid()}")
+    try:
+        save_finetuned(experiment.loaded, experiment.space, replica.theta, scratch)
+        scratch.rename(directory)
+    except Exception as error:
+        # A full disk is a SafetensorError from safetensors, and a bare Exception from tokenizers.
+        if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
+            raise RunError(f"cannot write the model to {directory}: {error}") from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return replica.digest().hex()

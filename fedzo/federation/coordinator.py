@@ -21,7 +21,7 @@ from fedzo.federation.messages import (
     decode,
     max_contribution_bytes,
 )
-from fedzo.federation.randomness import bernoulli, choose, derive, pool_seeds, round_seeds
+from fedzo.federation.randomness import bernoulli, derive, pool_seeds, round_seeds, shuffled
 from fedzo.federation.replica import Replica
 from fedzo.federation.spec import PROTOCOL
 from fedzo.optimizers import Seeds
@@ -143,15 +143,18 @@ class Coordinator:
         spec, round_ = self.spec, self.ledger.rounds
         if self.finished:
             raise ProtocolError(f"the run has all its {spec.rounds} rounds")
-        known = sorted(self.members)
         place = derive(spec.seed, "sampling", round_)
+        # Drawn over all numbers, registered or not, so that an absent client changes nothing for the others.
         if spec.client_rate > 0.0:
-            picked = bernoulli(place, len(known), spec.client_rate)
+            drawn = bernoulli(place, spec.clients, spec.client_rate).tolist()
         else:
-            picked = choose(place, len(known), spec.clients_per_round or len(known))
+            drawn = shuffled(place, spec.clients).tolist()
+        picked = [client for client in drawn if client in self.members]
+        if spec.clients_per_round:
+            picked = picked[: spec.clients_per_round]
         shape = (spec.local_steps, spec.queries)
         seeds = {
-            known[i]: round_seeds(spec.seed, spec.seeds, round_, known[i], shape, self._pool) for i in picked.tolist()
+            client: round_seeds(spec.seed, spec.seeds, round_, client, shape, self._pool) for client in sorted(picked)
         }
         self._open, self._tails = _Open(round_, seeds), {}
         return [self._plan(client) for client in seeds]

@@ -6,6 +6,7 @@ is checked for its length before anything in it is believed.
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -105,6 +106,10 @@ class Plan:
     initial: bytes = b""
 
     def to_bytes(self) -> bytes:
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> bytes:
         steps, queries = self.seeds.shape
         caught = self.catch_up
         body = b"".join(r.to_bytes() for r in caught.records) if caught.kind == "records" else caught.snapshot

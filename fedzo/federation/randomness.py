@@ -25,12 +25,16 @@ def words64(seed: int, count: int) -> npt.NDArray[np.uint64]:
     return words
 
 
+def shuffled(seed: int, total: int) -> npt.NDArray[np.int64]:
+    """The indices below `total` in random order."""
+    return np.argsort(words64(seed, total), kind="stable").astype(np.int64)
+
+
 def choose(seed: int, total: int, count: int) -> npt.NDArray[np.int64]:
     """`count` different indices below `total`, sorted, every subset equally likely; all of them when count >= total."""
     if count >= total:
         return np.arange(total, dtype=np.int64)
-    order = np.argsort(words64(seed, total), kind="stable")[:count]
-    return np.sort(order).astype(np.int64)
+    return np.sort(shuffled(seed, total)[:count])
 
 
 def bernoulli(seed: int, total: int, rate: float) -> npt.NDArray[np.int64]:

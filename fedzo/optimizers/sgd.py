@@ -5,6 +5,7 @@ MeZO, arXiv 2305.17333, algorithm 1; ZO-Bench, arXiv 2402.11592, equation 2.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +95,10 @@ class PoolSGD:
     sgd: SGD
     pool: Seeds
 
+    @cached_property
+    def _place(self) -> dict[int, int]:
+        return {int(seed): j for j, seed in enumerate(self.pool)}
+
     def init(self, theta0: Tensor) -> PoolState:
         return PoolState(theta0.clone(), np.zeros(self.pool.size, dtype=np.float64))
 
@@ -104,8 +109,7 @@ class PoolSGD:
             ProtocolError: a record's seed is not in the pool; theta is then unchanged.
         """
         assert isinstance(state, PoolState)
-        place = {int(seed): j for j, seed in enumerate(self.pool)}
-        total = state.coefficients.copy()
+        place, total = self._place, state.coefficients.copy()
         for r in records:
             for seed, c in zip(r.seeds.ravel().tolist(), self.sgd.coefficients(r).ravel().tolist(), strict=True):
                 if seed not in place:

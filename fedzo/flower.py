@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,11 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedzo import guard
 from fedzo.config import Config, to_toml
 from fedzo.errors import RunError
 
 START_TIMEOUT = 60.0  # seconds for the SuperLink to answer
-STOP_TIMEOUT = 15.0  # seconds for Flower's processes to end by themselves
 _MARK = "fedzo: "  # begins the lines of our own apps in Flower's log
 
 
@@ -138,32 +137,28 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
         connection = f'[superlink.fedzo]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         (home / "config.toml").write_text(f'[superlink]\ndefault = "fedzo"\n\n{connection}', encoding="utf-8")
         options = ["--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
-        command = [*_program("flower-superlink"), *options, "--port", str(port)]
+        command = [_program("flower-superlink"), *options, "--port", str(port)]
         with (home / "superlink.log").open("w", encoding="utf-8") as log:
             # Its working directory is where Ray's workers look for modules first: nothing there may shadow the app's.
             process = subprocess.Popen(
-                command, cwd=home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                [sys.executable, "-I", guard.__file__, *command], cwd=home, env=environment, stdin=subprocess.PIPE,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:
             if _answers(process, port):
                 yield environment
                 return
         finally:
-            _stop(process)
+            assert process.stdin is not None
+            process.stdin.close()  # tells the guard to end it all
+            process.wait()
     tail = (home / "superlink.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
     raise RunError("Flower's SuperLink did not start: " + " / ".join(tail))
 
 
-def _program(name: str) -> list[str]:
-    """The command of one of Flower's programs; on Linux it is asked to end when this process does, even if killed."""
+def _program(name: str) -> str:
     path = Path(sysconfig.get_path("scripts")) / name
-    command = [str(path) if path.exists() else name]
-    if sys.platform != "linux":
-        return command
-    # PR_SET_PDEATHSIG (1) with SIGTERM, and PR_SET_CHILD_SUBREAPER (36): orphans become its children, none is missed.
-    prctl = "import ctypes, os, sys; p = ctypes.CDLL(None).prctl; p(1, 15); p(36, 1)"
-    return [sys.executable, "-c", f"{prctl}; os.execvp(sys.argv[1], sys.argv[1:])", *command]
+    return str(path) if path.exists() else name
 
 
 def _answers(process: "subprocess.Popen[Any]", port: int) -> bool:
@@ -182,7 +177,7 @@ def _answers(process: "subprocess.Popen[Any]", port: int) -> bool:
 def _stream(arguments: list[str], home: Path, environment: Mapping[str, str], show: Callable[[str], None]) -> list[str]:
     """Runs `flwr`, showing its lines as they come; returns the last of them."""
     process = subprocess.Popen(
-        [*_program("flwr"), *arguments], cwd=home, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        [_program("flwr"), *arguments], cwd=home, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", start_new_session=True,
     )  # fmt: skip
     last: list[str] = []
@@ -202,7 +197,7 @@ def _outcome(home: Path, environment: Mapping[str, str], said: list[str]) -> tup
     """Status and details of the SuperLink's only run; `flwr run` itself exits with 0 also when the run failed."""
     while True:
         listed = subprocess.run(
-            [*_program("flwr"), "ls", "--format", "json"], cwd=home, env=environment, stdin=subprocess.DEVNULL,
+            [_program("flwr"), "ls", "--format", "json"], cwd=home, env=environment, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         try:
@@ -215,41 +210,3 @@ def _outcome(home: Path, environment: Mapping[str, str], said: list[str]) -> tup
         if status.startswith("finished"):
             return status, str(runs[0]["status-details"]).removeprefix("Simulation failed with exception: ")
         time.sleep(0.5)
-
-
-def _stop(process: "subprocess.Popen[Any]") -> None:
-    """Ends a SuperLink and whatever it started: first by asking, then by force."""
-    family = _descendants(process.pid)
-    if process.poll() is None:
-        process.terminate()
-    end = time.monotonic() + STOP_TIMEOUT
-    while time.monotonic() < end and (process.poll() is None or family & _parents().keys()):
-        time.sleep(0.1)
-    for pid in family & _parents().keys():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
-    if process.poll() is None:
-        process.kill()
-    process.wait()
-
-
-def _parents() -> dict[int, int]:
-    """Process id -> its parent's, of all processes that still run."""
-    if sys.platform == "linux":  # `ps` is missing in slim images
-        rows = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # it has just ended
-                state, parent = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:2]
-                rows.append((path.parent.name, parent, state))
-    else:
-        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=False)
-        rows = [(pid, parent, state) for pid, parent, state in map(str.split, listing.stdout.splitlines())]
-    return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
-
-
-def _descendants(pid: int) -> set[int]:
-    parents = _parents()
-    found = [pid]
-    for one in found:  # grows while it is walked
-        found += [child for child, parent in parents.items() if parent == one]
-    return set(found[1:])

@@ -22,7 +22,7 @@ from fedzo.run_folder import RunFolder, new_run_path
 from fedzo.runtime import keep_memory
 
 RECORD = "fedzo"  # the one record of every message
-PATIENCE = 20.0  # seconds without a new node after which the server stops waiting for more
+PATIENCE = 10.0  # seconds without a new node after which the server stops waiting for more
 
 app = ServerApp()
 
@@ -161,6 +161,7 @@ def main(grid: Grid, context: Context) -> None:
     flat = dict(context.run_config)
     out = str(flat.pop("out", ""))
     config = from_flat(flat, "the run-config").resolved()
+    wait_for_nodes(grid, config.data.clients)  # before anything is loaded or written
     path = (Path(out) if out else new_run_path(config)).resolve()
     folder = RunFolder(path) if RunFolder(path).ledger.exists() else RunFolder.create(path, config)
     say(f"run folder {path}")

@@ -226,7 +226,8 @@ def test_a_client_that_cannot_start_is_refused(tmp_path: Path, capsys: pytest.Ca
 def test_too_few_nodes_names_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_side, "PATIENCE", 0.1)
     with pytest.raises(RunError, match=r"2 nodes are there, the run has 3 clients.*num-supernodes=3"):
-        serve(tiny(), tmp_path, (0, 1))
+        serve(tiny(), tmp_path / "run", (0, 1))
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_config_lists_every_key() -> None:

@@ -110,7 +110,7 @@ def load_model(source: str, kind: str, *, device: str = "cpu", revision: str | N
     return LoadedModel(model.to(device).eval(), tokenizer, kind, _fingerprint(files), ())
 
 
-def add_head(  # noqa: PLR0917
+def add_head(
     loaded: LoadedModel,
     num_labels: int,
     label_texts: Sequence[str] | None,

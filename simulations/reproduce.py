@@ -2,8 +2,8 @@
 
     python simulations/reproduce.py [--config FILE] [--rounds N] [--no-flower] [--quick]
 
-Ends with one line of JSON: the ledger hash of each way, whether all are equal, and what a replay of the whole ledger and
-of its half gives against what the run recorded.
+Ends with one line of JSON: the ledger hash of each way, whether all are equal, and what a replay of the whole ledger
+and of its half gives against what the run recorded.
 """
 
 import argparse

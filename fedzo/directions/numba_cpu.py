@@ -1,4 +1,3 @@
-# ruff: noqa: PLR0917 (kernels take flat arguments)
 """Directions on the CPU: one compiled kernel over tiles that stay in the first-level cache, on torch's thread count.
 
 Arguments are those of ``fedzo.directions`` after its checks.

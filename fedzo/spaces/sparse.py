@@ -18,7 +18,7 @@ METHODS = ("random", "magnitude")
 _FORMAT = "fedzo-mask-1"
 
 
-def sparse(  # noqa: PLR0917
+def sparse(
     model: nn.Module,
     density: float,
     method: str,

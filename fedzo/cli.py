@@ -1,6 +1,7 @@
 """The command line. Every error that a user can cause ends in one message and an exit code that is not 0."""
 
 import errno
+import os
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -164,8 +165,8 @@ def _go(folder: Any, config: Any, quiet: bool, as_json: bool, new: bool = False)
     silent = quiet or as_json
     with _loading(silent, "loading model and data"):
         experiment = Experiment(config)
-        splits = experiment.splits
-        if new:  # not before model and data are there: a mistake in them leaves no folder
+        experiment.spec()
+        if new:  # not before model, data and partition are there: a mistake in them leaves no folder
             folder = RunFolder.create(folder.path, config)
         done = sent = 0
         if folder.ledger.exists():
@@ -175,7 +176,7 @@ def _go(folder: Any, config: Any, quiet: bool, as_json: bool, new: bool = False)
         if silent:
             ledger = engine.run(experiment, folder)
         else:
-            _warn_of_overlap(splits)
+            _warn_of_overlap(experiment.splits)
             with _Progress(config.federation.rounds, done, config.data.clients, sent) as progress:
                 ledger = engine.run(experiment, folder, [progress])
     except KeyboardInterrupt:
@@ -399,4 +400,5 @@ def _main(
 def main() -> None:
     """Entry point of the console script."""
     keep_memory()
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are told once, by the error that they end in
     app()

@@ -319,6 +319,12 @@ def test_wrong_data(spoil: Callable[[Path], None], parts: list[str], data: Path,
     assert not (tmp_path / "run").exists()
 
 
+def test_wrong_partition(data: Path, tmp_path: Path) -> None:
+    answer = fedzo("run", *options(data, data__partition="natural"), "--out", tmp_path / "run")
+    fails(answer, 'partition "natural"', "set data.column", code=2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_wrong_csv(tmp_path: Path) -> None:
     for name in ("train", "validation", "test"):
         (tmp_path / f"{name}.csv").write_text(f"sentence,label\n{name} was fine .,1\n{name} was bad .,maybe\n")

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
@@ -98,7 +99,7 @@ def run_rounds(
         summary = play_round(coordinator, exchange)
         for observer in observers:
             observer.round(summary)
-        if coordinator.finished or (every and ledger.rounds % every == 0):
+        if every and ledger.rounds % every == 0:
             evaluate("validation")
     evaluate("validation")
     evaluate("test")
@@ -145,13 +146,14 @@ def run(
     """Starts or goes on with the run of a folder until its last round; returns its ledger, open."""
     with folder.locked():
         ledger = Ledger(folder.ledger, write=True) if folder.ledger.exists() else start(folder, experiment)
-        check_same(ledger, experiment)
-        coordinator = Coordinator(ledger, experiment.replica(ledger.spec))
-        log = MetricsLog(folder, ledger)
         try:
-            run_rounds(experiment, coordinator, lambda: connect(experiment, coordinator), [log, *observers])
-        finally:
-            log.close()
+            check_same(ledger, experiment)
+            coordinator = Coordinator(ledger, experiment.replica(ledger.spec))
+            with closing(MetricsLog(folder, ledger)) as log:
+                run_rounds(experiment, coordinator, lambda: connect(experiment, coordinator), [log, *observers])
+        except BaseException:
+            ledger.close()
+            raise
         return ledger
 
 

@@ -114,6 +114,11 @@ class Experiment:
     @cached_property
     def _parts(self) -> list[npt.NDArray[np.int64]]:
         section = self.config.data
+        if self.task.num_labels is None and section.partition in ("dirichlet", "pathological") and not section.column:
+            raise ConfigError(
+                f'data.partition is "{section.partition}", which spreads labels, but task "{self.task.name}" has none; '
+                'set data.partition = "iid", or "natural" with data.column'
+            )
         return partition(
             self._train, section.clients, kind=section.partition, alpha=section.alpha, column=section.column,
             seed=self.config.seed,

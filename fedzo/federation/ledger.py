@@ -268,7 +268,8 @@ class Ledger:
             )
         except sqlite3.Error as error:
             raise LedgerError(
-                f"the evaluation after {round_} rounds could not be written to {self.path} ({error})"
+                f"the evaluation after {round_} rounds could not be written to {self.path} ({error}); all "
+                f"{self._rounds} rounds are intact: free disk space, then `fedzo resume`"
             ) from error
 
     def evaluations(self, split: str) -> dict[int, dict[str, float]]:

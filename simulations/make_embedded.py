@@ -303,7 +303,8 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, exampl
     right = 0
     for first in range(0, len(examples), 100):
         chunk = examples[first : first + 100]
-        rows = tokenizer([f"{example['sentence']} it was" for example in chunk])["input_ids"]
+        prompts = tokenizer([f"{example['sentence']} it was" for example in chunk])["input_ids"]
+        rows = [[tokenizer.bos_token_id, *prompt] for prompt in prompts]  # as fedzo's task encodes them
         last = torch.tensor([len(row) - 1 for row in rows])
         logits = model(input_ids=pad(rows, tokenizer.pad_token_id)).logits[torch.arange(len(rows)), last]
         labels = torch.tensor([example["label"] for example in chunk])

@@ -8,5 +8,7 @@ import os
 
 # MKL's default code paths give other bits with one thread than with two; read once, at MKL's first call.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Read when torch loads: OpenMP threads that spin between two layers hold the cores that the next direction needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"

@@ -15,6 +15,8 @@ process of its own that loads the model and does fedzo's steps.
     python simulations/bench_step.py [--quick] [--threads N]
 """
 
+import fedzo  # noqa: F401  # isort: skip  (before torch: it sets what OpenMP reads when it loads)
+
 import argparse
 import json
 import resource

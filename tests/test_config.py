@@ -62,7 +62,10 @@ def test_describe_is_the_default_configuration_as_toml(tmp_path: Path) -> None:
         ({"federation.clients_per_round": 2, "federation.quorum": 3}, "quorum is 3, but only 2 clients"),
         ({"federation.quorum": 11}, "quorum is 11, but only 10 clients"),
         ({"federation.clients_per_round": 2, "federation.client_rate": 0.5}, "set one of them to 0"),
-        ({"federation.seeds": "pool", "federation.pool_size": 3, "method.queries": 4}, "queries is 4, more than federation.pool_size 3"),
+        (
+            {"federation.seeds": "pool", "federation.pool_size": 3, "method.queries": 4},
+            "queries is 4, more than federation.pool_size 3",
+        ),
         ({"method.warmup_steps": 100}, "warmup_steps is 100"),
     ],
 )

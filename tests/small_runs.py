@@ -50,10 +50,18 @@ def make_data(folder: Path, train: int = 36, test: int = 12) -> Path:
 def settings(data: Path, **changes: Any) -> dict[str, Any]:
     """Dotted keys of a small run: 3 rounds, 3 clients; a change is named section__key."""
     chosen = {
-        "data.source": str(data), "data.validation": "validation", "data.partition": "iid", "data.clients": 3, "method.queries": 2,
-        "method.batch_size": 4, "method.schedule": "constant", "federation.rounds": 3, "evaluation.every": 2, "runtime.threads": 1,
+        "data.source": str(data),
+        "data.validation": "validation",
+        "data.partition": "iid",
+        "data.clients": 3,
+        "method.queries": 2,
+        "method.batch_size": 4,
+        "method.schedule": "constant",
+        "federation.rounds": 3,
+        "evaluation.every": 2,
+        "runtime.threads": 1,
         "runtime.device": "cpu",
-    }  # fmt: skip
+    }
     return chosen | {key.replace("__", "."): value for key, value in changes.items()}
 
 

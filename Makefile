@@ -35,4 +35,4 @@ lint: env
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs dist build *.egg-info
+	rm -rf $(VENV) dist build *.egg-info

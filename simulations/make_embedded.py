@@ -29,7 +29,7 @@ import torch
 from tokenizers import Tokenizer as BPETokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "fedzo" / "embedded"
@@ -280,7 +280,7 @@ def pretrain(
         ids = pad(rows[first : first + BATCH], tokenizer.pad_token_id)
         # Right padding needs no attention mask under a causal mask.
         logits = model(input_ids=ids[:, :-1]).logits
-        losses = F.cross_entropy(
+        losses = functional.cross_entropy(
             logits.transpose(1, 2), ids[:, 1:], ignore_index=tokenizer.pad_token_id, reduction="none"
         )
         starts = torch.tensor([[len(body)] for body in bodies[first : first + BATCH]])

@@ -36,7 +36,8 @@ def fill(out: Tensor, seed: int, family: str, *, offset: int = 0) -> Tensor:
     """Write z[offset : offset + len(out)] into ``out`` [n] and return it."""
     _check_family(family)
     _check_vector("out", out, offset)
-    return _implementation(out).fill(out, check_seed(seed), family, offset=offset)  # type: ignore[no-any-return]
+    _implementation(out).fill(out, check_seed(seed), family, offset=offset)
+    return out
 
 
 def axpy(
@@ -58,7 +59,8 @@ def axpy(
         if out.data_ptr() == theta.data_ptr():
             _implementation(theta).axpy(theta, check_seed(seed), c, family, offset=offset)
             return out
-    return _implementation(theta).axpy(theta, check_seed(seed), c, family, offset=offset, out=out)  # type: ignore[no-any-return]
+    _implementation(theta).axpy(theta, check_seed(seed), c, family, offset=offset, out=out)
+    return theta if out is None else out
 
 
 def replay(
@@ -92,7 +94,8 @@ def replay(
         first = int(np.argmin(finite))
         raise _not_finite(f"coefficient {first} of {len(finite)}", float(coefficients[first]))
     records = np.ascontiguousarray(seeds), np.ascontiguousarray(coefficients)
-    return _implementation(theta).replay(theta, *records, family, offset=offset)  # type: ignore[no-any-return]
+    _implementation(theta).replay(theta, *records, family, offset=offset)
+    return theta
 
 
 def _implementation(tensor: Tensor) -> ModuleType:

@@ -17,8 +17,10 @@ from fedzo.federation.aggregation import AGGREGATORS, NEEDS_SHARED_SEEDS
 from fedzo.federation.spec import SeedSchedule
 from fedzo.optimizers import OPTIMIZERS, SCHEDULES
 from fedzo.registry import lookup, nearest
+from fedzo.spaces import METHODS
 
 Scalar = bool | int | float | str
+_OF_THE_MASK = {"mask", "density", "per_tensor", "calibration", "calibration_examples"}
 
 
 def _split(value: object) -> object:
@@ -44,6 +46,8 @@ def _without(separator: str, value: object) -> object:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_split_verbatim)]
+Quantisation = Literal["none", "nf4", "fp4", "int8"]
+Bases = Annotated[tuple[Quantisation, ...], BeforeValidator(_split)]
 
 
 class Section(BaseModel):
@@ -65,6 +69,13 @@ class ModelSection(Section):
     pooling: Literal["mean", "cls"] = Field(
         default="mean", description="how an encoder's hidden states become one vector"
     )
+    quantisation: Quantisation = Field(default="none", description="of the frozen weights: none, nf4, fp4 or int8")
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="in which a forward pass computes; less than float32 disturbs the scalars"
+    )
+    client_quantisation: Bases = Field(
+        default=(), description="in a simulation client i's quantisation is entry i modulo length; empty: as the server"
+    )
 
 
 class SpaceSection(Section):
@@ -74,7 +85,17 @@ class SpaceSection(Section):
     include: Names = Field(default=("*",), description="patterns of parameter names, for full and sparse")
     exclude: Names = Field(default=(), description="patterns of parameter names left out")
     density: float = Field(default=0.01, gt=0, le=1, description="part of the parameters that is trainable, for sparse")
-    mask: str = Field(default="random", description='"random", "magnitude", or a mask file, for sparse')
+    mask: str = Field(
+        default="random", description='"random", "magnitude", "sensitive", "forward", or a mask file, for sparse'
+    )
+    per_tensor: bool = Field(default=False, description="give each parameter the same density, for sparse")
+    calibration: str = Field(
+        default="", description="text file for a sensitive or forward mask; empty: examples of the training data"
+    )
+    calibration_examples: int = Field(default=128, ge=1, description="examples that such a mask is made from")
+    theta_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16 keeps theta in the model's own weights, for full"
+    )
     adapter: Literal["lora", "ia3", "prefix", "prompt"] = Field(default="lora", description="PEFT method, for adapter")
     rank: int = Field(default=8, ge=1, description="rank of LoRA")
     alpha: float = Field(default=16.0, gt=0, description="scale of LoRA: alpha / rank")
@@ -160,6 +181,9 @@ class RuntimeSection(Section):
 
     device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1"')
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: torch's choice")
+    evaluation: Literal["auto", "paired", "sequential"] = Field(
+        default="auto", description="the halves of a query in one batch, or one after the other; auto: the faster"
+    )
     round_timeout: float = Field(default=600.0, gt=0, description="seconds that a Flower round waits for its clients")
 
 
@@ -210,9 +234,29 @@ class Config(Section):
             raise ValueError(
                 f"method.queries is {method.queries}, more than federation.pool_size {federation.pool_size}"
             )
+        if self.space.theta_dtype == "bfloat16":
+            if self.space.kind != "full":
+                raise ValueError(
+                    f'space.theta_dtype = "bfloat16" needs space.kind = "full", found "{self.space.kind}": a mask or an '
+                    "adapter is small, keep it in float32"
+                )
+            if federation.seeds == "pool":
+                raise ValueError(
+                    'space.theta_dtype = "bfloat16" rounds theta at every step, federation.seeds = "pool" rebuilds it '
+                    'in one: set federation.seeds = "shared" or "independent"'
+                )
         if method.warmup_steps >= federation.rounds * federation.local_steps:
             raise ValueError(f"method.warmup_steps is {method.warmup_steps}, not below the run's number of steps")
         return self
+
+    def for_client(self, number: int) -> "Config":
+        """With a client's own base, where `model.client_quantisation` gives it one."""
+        bases = self.model.client_quantisation
+        return self.on_base(bases[number % len(bases)]) if bases else self
+
+    def on_base(self, quantisation: Quantisation) -> "Config":
+        """With another quantisation of the base."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"quantisation": quantisation})})
 
     def resolved(self) -> "Config":
         """With the local directories and files that exist as absolute paths, so that any process finds them."""
@@ -222,19 +266,24 @@ class Config(Section):
 
         model = self.model.model_copy(update={"source": absolute(self.model.source)})
         data = self.data.model_copy(update={"source": absolute(self.data.source)})
-        space = self.space.model_copy(update={"mask": absolute(self.space.mask)})
+        files = {"mask": self.space.mask, "calibration": self.space.calibration}
+        # A file that happens to be called "random" is given as "./random".
+        space = self.space.model_copy(
+            update={key: text if text in METHODS else absolute(text) for key, text in files.items()}
+        )
         return self.model_copy(update={"model": model, "data": data, "space": space})
 
     def experiment(self) -> str:
         """SHA-256 over what decides the run besides its ledger header: task, data and preparation of the model.
 
-        Paths are left out (they differ between machines): the header names base model and space by their hashes.
+        Paths are left out (they differ between machines): the header names base model, space and mask by their hashes.
+        So is what may differ between clients: quantisation, compute dtype, the way of evaluation.
         """
         chosen = self.model_dump(
             include={
                 "seed": True,
                 "model": {"kind", "max_length", "head", "head_scale", "pooling"},
-                "space": set(SpaceSection.model_fields) - {"mask"},
+                "space": set(SpaceSection.model_fields) - _OF_THE_MASK - {"theta_dtype"},
                 "task": True,
                 "data": set(DataSection.model_fields) - {"source"},
             },

@@ -67,6 +67,16 @@ def test_describe_is_the_default_configuration_as_toml(tmp_path: Path) -> None:
             "queries is 4, more than federation.pool_size 3",
         ),
         ({"method.warmup_steps": 100}, "warmup_steps is 100"),
+        ({"model.quantisation": "int4"}, "model.quantisation: .*'none', 'nf4', 'fp4' or 'int8'"),
+        ({"model.client_quantisation": "nf4, 8bit"}, "model.client_quantisation.1: .*'int8'"),
+        ({"model.compute_dtype": "fp16"}, "model.compute_dtype: .*'float32', 'bfloat16' or 'float16'"),
+        ({"space.density": 0}, "space.density: .*greater than 0"),
+        ({"space.density": 1.5}, "space.density: .*less than or equal to 1"),
+        ({"space.calibration_examples": 0}, "space.calibration_examples"),
+        ({"space.theta_dtype": "float16"}, "space.theta_dtype: .*'float32' or 'bfloat16'"),
+        ({"space.theta_dtype": "bfloat16", "space.kind": "sparse"}, 'needs space.kind = "full", found "sparse"'),
+        ({"space.theta_dtype": "bfloat16", "federation.seeds": "pool"}, 'set federation.seeds = "shared"'),
+        ({"runtime.evaluation": "both"}, "runtime.evaluation: .*'auto', 'paired' or 'sequential'"),
     ],
 )
 def test_mistakes_are_named(flat: dict[str, object], message: str) -> None:
@@ -180,6 +190,14 @@ def test_the_experiment_hash_counts_what_decides_the_run() -> None:
         "runtime.threads=1",
         "name=x",
         "evaluation.every=3",
+        # what clients may differ in, and what the hash of the mask stands for
+        "model.quantisation=nf4",
+        "model.compute_dtype=bfloat16",
+        "model.client_quantisation=nf4, none",
+        "runtime.evaluation=paired",
+        "space.mask=sensitive",
+        "space.density=0.001",
+        "space.calibration=/elsewhere",
     ):
         assert load_config(None, [same]).experiment() == base
     for other in ("seed=1", "data.alpha=0.1", "data.limit=9", "task.template={text}", "model.max_length=64"):
@@ -191,6 +209,19 @@ def test_resolved_makes_existing_paths_absolute(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "model").mkdir()
     config = load_config(None, ["model.source=model", "data.source=glue/sst2"]).resolved()
     assert config.model.source == str(tmp_path / "model") and config.data.source == "glue/sst2"
+    for name in ("random", "own.safetensors", "text.txt"):
+        (tmp_path / name).touch()
+    space = load_config(None, ["space.mask=own.safetensors", "space.calibration=text.txt"]).resolved().space
+    assert (space.mask, space.calibration) == (str(tmp_path / "own.safetensors"), str(tmp_path / "text.txt"))
+    assert Config().resolved().space.mask == "random"  # a method, whatever files there are
+
+
+def test_clients_take_turns_on_the_bases() -> None:
+    config = load_config(None, ["model.quantisation=fp4", "model.client_quantisation=nf4, int8, none"])
+    assert config.model.client_quantisation == ("nf4", "int8", "none")
+    bases = [config.for_client(number).model.quantisation for number in range(4)]
+    assert bases == ["nf4", "int8", "none", "nf4"]
+    assert Config().for_client(3) == Config()
 
 
 def test_lookup_and_nearest() -> None:

@@ -5,9 +5,10 @@ Element i of a direction depends on the seed, the family and i alone (Philox4x32
 - ``rademacher``: z_i = +1 if the bit is set, else -1; block i // 128, word (i % 128) // 32, bit i % 32.
 - ``gaussian``: z_i = table[16 bits] (see ``normal``); block i // 8, word (i % 8) // 2, low half for even i.
 
-Tensors are 1-D, contiguous and float32; ``offset`` is the index of their first element in the direction, so that a part
-of a vector can be treated alone. A step theta + c z is rounded to float32 after the product and again after the sum; c
-itself is rounded to float32 first. CPU tensors go through ``numba_cpu``, others through ``reference``: the same bits.
+Tensors are 1-D, contiguous and float32 (of ``replay_rounded`` bfloat16); ``offset`` is the index of their first element
+in the direction, so that a part of a vector can be treated alone. A step theta + c z is rounded to float32 after the
+product and again after the sum; c itself is rounded to float32 first. CPU tensors go through ``numba_cpu``, others
+through ``reference``: the same bits.
 
 All functions raise ConfigError for an unknown family or a seed outside [0, 2**64), RunError for a coefficient that is
 not finite in float32, and ValueError for tensors, arrays or offsets of the wrong kind.
@@ -26,7 +27,7 @@ from fedzo.directions import reference
 from fedzo.directions.philox import check_seed
 from fedzo.errors import ConfigError, RunError
 
-__all__ = ["FAMILIES", "axpy", "fill", "replay"]
+__all__ = ["FAMILIES", "axpy", "fill", "replay", "replay_rounded"]
 
 FAMILIES: tuple[str, ...] = ("rademacher", "gaussian")
 MAX_OFFSET = 2**62
@@ -81,21 +82,62 @@ def replay(
     """
     _check_family(family)
     _check_vector("theta", theta, offset)
+    _check_records(seeds, coefficients, 1)
+    records = np.ascontiguousarray(seeds), np.ascontiguousarray(coefficients)
+    _implementation(theta).replay(theta, *records, family, offset=offset)
+    return theta
+
+
+def replay_rounded(
+    theta: Tensor,
+    seeds: npt.NDArray[np.uint64],
+    coefficients: npt.NDArray[np.float32],
+    family: str,
+    rounding: npt.NDArray[np.uint64],
+    *,
+    offset: int = 0,
+) -> Tensor:
+    """Apply steps of records to a bfloat16 theta [n] in place, in one pass over memory; return theta.
+
+    A step adds its R records to theta's values in float32, as ``replay`` does, and rounds the sums to bfloat16
+    stochastically (Gupta et al., arXiv 1502.02551): away from zero with the probability that the part cut off has of
+    the gap, so that the mean over streams is the sum itself. Element i takes 16 bits of the Philox stream
+    ``rounding[s]``, those by which a Gaussian direction looks up its element i; they are added to the bits of the
+    float32 value, whose low half is then cut. A NaN becomes the bfloat16 NaN 0x7FC0, an infinity stays, the largest
+    finite values may become one.
+
+    Args:
+        theta: [n] bfloat16, contiguous.
+        seeds: [S, R] uint64.
+        coefficients: [S, R] float32.
+        rounding: [S] uint64, the seed of each step's stream of random bits.
+    """
+    _check_family(family)
+    _check_vector("theta", theta, offset, torch.bfloat16)
+    _check_records(seeds, coefficients, 2)
+    if rounding.dtype != np.uint64 or rounding.shape != seeds.shape[:1]:
+        raise ValueError(
+            f"rounding is {rounding.dtype} of shape {rounding.shape}, but must be uint64 of shape {seeds.shape[:1]}"
+        )
+    steps = np.ascontiguousarray(seeds), np.ascontiguousarray(coefficients)
+    _implementation(theta).replay_rounded(theta, *steps, family, np.ascontiguousarray(rounding), offset=offset)
+    return theta
+
+
+def _check_records(seeds: npt.NDArray[np.uint64], coefficients: npt.NDArray[np.float32], ndim: int) -> None:
     if seeds.dtype != np.uint64 or coefficients.dtype != np.float32:
         raise ValueError(
             f"seeds and coefficients are {seeds.dtype} and {coefficients.dtype}, but must be uint64 and float32"
         )
-    if seeds.ndim != 1 or seeds.shape != coefficients.shape:
+    if seeds.ndim != ndim or seeds.shape != coefficients.shape:
         raise ValueError(
-            f"seeds and coefficients have shapes {seeds.shape} and {coefficients.shape}, but must be 1-D of one length"
+            f"seeds and coefficients have shapes {seeds.shape} and {coefficients.shape}, "
+            f"but must be {ndim}-D of one {'length' if ndim == 1 else 'shape'}"
         )
-    finite = np.isfinite(coefficients)
+    finite = np.isfinite(coefficients).ravel()
     if not finite.all():
         first = int(np.argmin(finite))
-        raise _not_finite(f"coefficient {first} of {len(finite)}", float(coefficients[first]))
-    records = np.ascontiguousarray(seeds), np.ascontiguousarray(coefficients)
-    _implementation(theta).replay(theta, *records, family, offset=offset)
-    return theta
+        raise _not_finite(f"coefficient {first} of {len(finite)}", float(coefficients.ravel()[first]))
 
 
 def _implementation(tensor: Tensor) -> ModuleType:
@@ -113,10 +155,10 @@ def _check_family(family: str) -> None:
         raise ConfigError(f"direction family is {family!r}, but must be one of {', '.join(FAMILIES)}{hint}")
 
 
-def _check_vector(name: str, tensor: Tensor, offset: int) -> None:
-    if tensor.dtype != torch.float32 or tensor.ndim != 1 or not tensor.is_contiguous():
+def _check_vector(name: str, tensor: Tensor, offset: int, dtype: torch.dtype = torch.float32) -> None:
+    if tensor.dtype != dtype or tensor.ndim != 1 or not tensor.is_contiguous():
         found = f"{tensor.dtype} of shape {tuple(tensor.shape)} and strides {tensor.stride()}"
-        raise ValueError(f"{name} is {found}, but must be torch.float32, 1-D and contiguous")
+        raise ValueError(f"{name} is {found}, but must be {dtype}, 1-D and contiguous")
     if not 0 <= offset <= MAX_OFFSET:
         raise ValueError(f"offset is {offset}, but must be at least 0 and at most 2**62")
 

@@ -149,11 +149,64 @@ def _accumulate(
             origin = target
 
 
+def _round(bits: Any, halves: Any, first: Any) -> None:
+    """The float32 values whose bits these are become bfloat16 ones, by the random half-words first ... of halves."""
+    exponent, infinity, quiet = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000), np.uint32(0x7FC00000)
+    drawn = halves[first : first + bits.size]  # a slice: numba then need not ask whether indices are negative
+    for i in range(bits.size):
+        found = bits[i]
+        size = found & exponent
+        rounded = found + np.uint32(drawn[i]) if size < infinity else found
+        bits[i] = (quiet if size > infinity else rounded) & np.uint32(0xFFFF0000)
+
+
+def _accumulate_rounded(
+    theta: Any,
+    offset: Any,
+    seeds: Any,
+    coefficients: Any,
+    rounding: Any,
+    table: Any,
+    block_size: Any,
+    tile_size: Any,
+) -> None:
+    """Steps s of records (s, r) on the bfloat16 values whose bits theta holds; every tile takes all steps in one go."""
+    words = np.empty(tile_size // block_size * 4, np.uint32)
+    drawn = np.empty(tile_size // 2, np.uint32)
+    halves = drawn.view(np.uint16)  # the low half of a word first, on the little-endian machines that numba knows
+    values = np.empty(tile_size, np.float32)
+    for tile in range(offset // block_size * block_size, offset + theta.size, tile_size):
+        start, stop = max(tile, offset) - offset, min(tile + tile_size, offset + theta.size) - offset
+        first, last = offset + start - tile, offset + stop - tile
+        count = (last + block_size - 1) // block_size
+        part, target = theta[start:stop], values[: stop - start]
+        bits = target.view(np.uint32)
+        for i in range(part.size):
+            bits[i] = np.uint32(part[i]) << np.uint32(16)
+        for step in range(rounding.size):
+            for record in range(seeds.shape[1]):
+                FILL_WORDS(words, np.uint64(tile // block_size), count, seeds[step, record])
+                if block_size == 128:
+                    ADD_RADEMACHER(target, target, words, first, coefficients[step, record])
+                else:
+                    ADD_GAUSSIAN(target, target, words, first, coefficients[step, record], table)
+            FILL_WORDS(drawn, np.uint64(tile // 8), (last + 7) // 8, rounding[step])
+            ROUND(bits, halves, first)
+        for i in range(part.size):
+            part[i] = np.uint16(bits[i] >> np.uint32(16))
+
+
 ADD_SIGNS = intrinsic(_add_signs)
 FILL_WORDS, ADD_RADEMACHER, ADD_GAUSSIAN = _jit(_fill_words), _jit(_add_rademacher), _jit(_add_gaussian)
 ACCUMULATE = _jit(
     _accumulate,
     "void(float32[::1], float32[::1], int64, uint64[::1], float32[::1], "
+    "Array(float32, 1, 'C', readonly=True), int64, int64)",
+)
+ROUND = _jit(_round)
+ACCUMULATE_ROUNDED = _jit(
+    _accumulate_rounded,
+    "void(uint16[::1], int64, uint64[:, ::1], float32[:, ::1], uint64[::1], "
     "Array(float32, 1, 'C', readonly=True), int64, int64)",
 )
 
@@ -171,22 +224,31 @@ if hasattr(os, "register_at_fork"):
 
 
 def _run(out: Tensor, source: Tensor | None, offset: int, seeds: Uint64s, coefficients: Float32s, family: str) -> None:
-    """``_accumulate`` (from zero without a source) in chunks; the caller and helpers take them from one list."""
+    """``_accumulate`` (from zero without a source)."""
     target = out.detach().numpy()
     origin = target if source is None else source.detach().numpy()
     constants = normal.table(), BLOCK[family], TILE[family]
-    chunks = iter(range(0, len(target), CHUNK))
 
-    def work() -> None:
+    def work(first: int) -> None:
+        part = slice(first, first + CHUNK)
+        if source is None:
+            target[part] = 0
+        ACCUMULATE(target[part], origin[part], offset + first, seeds, coefficients, *constants)
+
+    _share(len(target), work)
+
+
+def _share(size: int, work: Callable[[int], None]) -> None:
+    """Does the work of the chunks that start at 0, CHUNK, ...; the caller and helpers take them from one list."""
+    chunks = iter(range(0, size, CHUNK))
+
+    def take() -> None:
         for first in chunks:
-            part = slice(first, first + CHUNK)
-            if source is None:
-                target[part] = 0
-            ACCUMULATE(target[part], origin[part], offset + first, seeds, coefficients, *constants)
+            work(first)
 
-    helpers = min(torch.get_num_threads(), -(-len(target) // CHUNK)) - 1
-    futures = [_pool.submit(work) for _ in range(helpers)]
-    work()
+    helpers = min(torch.get_num_threads(), -(-size // CHUNK)) - 1
+    futures = [_pool.submit(take) for _ in range(helpers)]
+    take()
     for future in futures:
         if not future.cancel():
             future.result()
@@ -207,4 +269,17 @@ def axpy(
 
 def replay(theta: Tensor, seeds: Uint64s, coefficients: Float32s, family: str, *, offset: int = 0) -> Tensor:
     _run(theta, theta, offset, seeds, coefficients, family)
+    return theta
+
+
+def replay_rounded(
+    theta: Tensor, seeds: Uint64s, coefficients: Float32s, family: str, rounding: Uint64s, *, offset: int = 0
+) -> Tensor:
+    bits = theta.detach().view(torch.uint16).numpy()
+    constants = normal.table(), BLOCK[family], TILE[family]
+
+    def work(first: int) -> None:
+        ACCUMULATE_ROUNDED(bits[first : first + CHUNK], offset + first, seeds, coefficients, rounding, *constants)
+
+    _share(len(bits), work)
     return theta

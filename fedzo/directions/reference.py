@@ -12,7 +12,6 @@ from torch import Tensor
 from fedzo.directions import normal
 from fedzo.directions.philox import KEY_STEPS, MASK32, MULTIPLIERS, ROUNDS
 
-BLOCK = {"rademacher": 128, "gaussian": 8}  # elements of a direction in one Philox block of 4 words
 CHUNK = 1 << 20  # elements
 
 
@@ -33,16 +32,12 @@ def _words(seed: int, first: int, count: int, device: torch.device) -> Tensor:
 
 def _direction(seed: int, family: str, offset: int, size: int, device: torch.device) -> Tensor:
     """z[offset : offset + size] as float32 [size]."""
-    first, last = offset // BLOCK[family], (offset + size - 1) // BLOCK[family]
+    if family == "gaussian":
+        return torch.from_numpy(normal.table().copy()).to(device)[_halves(seed, offset, size, device)]
+    first, last = offset // 128, (offset + size - 1) // 128
     words = _words(seed, first, last - first + 1, device)
-    if family == "rademacher":
-        bits = (words[:, :, None] >> torch.arange(32, device=device)) & 1
-        z = bits.reshape(-1).to(torch.float32) * 2 - 1
-    else:
-        halves = torch.stack((words & 0xFFFF, words >> 16), dim=2)
-        z = torch.from_numpy(normal.table().copy()).to(device)[halves.reshape(-1)]
-    skip = offset - first * BLOCK[family]
-    return z[skip : skip + size]
+    bits = (words[:, :, None] >> torch.arange(32, device=device)) & 1
+    return bits.reshape(-1)[offset - 128 * first :][:size].to(torch.float32) * 2 - 1
 
 
 @torch.no_grad()
@@ -80,3 +75,38 @@ def replay(
         for seed, coefficient in zip(seeds.tolist(), coefficients.tolist(), strict=True):
             axpy(part, seed, coefficient, family, offset=offset + start)
     return theta
+
+
+@torch.no_grad()
+def replay_rounded(
+    theta: Tensor,
+    seeds: npt.NDArray[np.uint64],
+    coefficients: npt.NDArray[np.float32],
+    family: str,
+    rounding: npt.NDArray[np.uint64],
+    *,
+    offset: int = 0,
+) -> Tensor:
+    for start in range(0, len(theta), CHUNK):
+        part = theta[start : start + CHUNK].view(torch.int16)
+        bits = part.to(torch.int32) << 16  # torch's own conversions change NaNs
+        values = bits.view(torch.float32)
+        for step, stream in enumerate(rounding.tolist()):
+            replay(values, seeds[step], coefficients[step], family, offset=offset + start)
+            _round(values, _halves(stream, offset + start, len(part), theta.device))
+        part.copy_(bits >> 16)
+    return theta
+
+
+def _halves(seed: int, offset: int, size: int, device: torch.device) -> Tensor:
+    """Half-words offset ... offset + size - 1 of a stream, the low half of a word first: int64 [size]."""
+    first, last = offset // 8, (offset + size - 1) // 8
+    words = _words(seed, first, last - first + 1, device)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=2).reshape(-1)[offset - 8 * first :][:size]
+
+
+def _round(values: Tensor, halves: Tensor) -> None:
+    """float32 values become bfloat16 ones in place: the random half-word is added to their bits, the low half cut."""
+    bits = values.view(torch.int32)
+    rounded = torch.where(values.isfinite(), bits + halves.to(torch.int32), bits) & -0x10000
+    bits.copy_(torch.where(values.isnan(), 0x7FC00000, rounded))

@@ -1,0 +1,180 @@
+"""Stochastic rounding of a bfloat16 theta: the formula in numpy, both implementations, unbiasedness, special values."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedzo import directions
+from fedzo.directions import FAMILIES, numba_cpu, philox, reference
+
+RNG = np.random.default_rng(3)
+offsets = st.one_of(st.integers(0, 300), st.integers(2**40 - 300, 2**40 + 300), st.integers(0, 2**61))
+sizes = st.one_of(st.integers(0, 70), st.integers(0, 10_000))
+
+
+def bits(theta: Tensor) -> npt.NDArray[np.uint16]:
+    return theta.view(torch.uint16).numpy()
+
+
+def some_theta(size: int, seed: int = 0) -> Tensor:
+    """Values over many binades, subnormal ones, both zeros, infinities and NaN among them."""
+    rng = np.random.default_rng(seed)
+    theta = torch.from_numpy(rng.standard_normal(size) * 10.0 ** rng.integers(-8, 3, size)).to(torch.bfloat16)
+    raw = bits(theta)
+    raw[5::13] = rng.integers(0, 0x80, len(raw[5::13])) | 0x8000 * rng.integers(0, 2, len(raw[5::13]))  # subnormal
+    raw[6::97] = 0x7F7F  # the largest finite value
+    raw[7::101], raw[8::101], raw[9::101] = 0x7F80, 0xFF80, 0xFFC1
+    return theta
+
+
+def some_steps(steps: int, width: int, scale: float = 1e-3) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]:
+    seeds = RNG.integers(0, 2**64, (steps, width), dtype=np.uint64)
+    return seeds, (RNG.standard_normal((steps, width)) * scale).astype(np.float32)
+
+
+def streams(steps: int) -> npt.NDArray[np.uint64]:
+    return RNG.integers(0, 2**64, steps, dtype=np.uint64)
+
+
+def formula(
+    theta: Tensor,
+    seeds: npt.NDArray[np.uint64],
+    coefficients: npt.NDArray[np.float32],
+    family: str,
+    rounding: npt.NDArray[np.uint64],
+    offset: int = 0,
+) -> npt.NDArray[np.uint16]:
+    """The definition, in numpy's integers and float32."""
+    values = (bits(theta).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    size = len(values)
+    for step in range(len(seeds)):
+        for seed, c in zip(seeds[step].tolist(), coefficients[step], strict=True):
+            z = directions.fill(torch.empty(size), seed, family, offset=offset).numpy()
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = values + c * z
+        words = philox.words(int(rounding[step]), 4 * (size // 8 + 2), offset // 8)
+        halves = np.stack((words & np.uint32(0xFFFF), words >> np.uint32(16)), axis=1).reshape(-1)
+        raw = values.view(np.uint32)
+        rounded = np.where(np.isfinite(values), raw + halves[offset % 8 :][:size], raw) & np.uint32(0xFFFF0000)
+        values = np.where(np.isnan(values), np.uint32(0x7FC00000), rounded).view(np.float32)
+    return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=sizes,
+    offset=offsets,
+    steps=st.integers(1, 3),
+    width=st.integers(0, 3),
+    family=st.sampled_from(FAMILIES),
+    scale=st.sampled_from([1e-38, 1e-3, 1.0, 1e38]),
+)
+def test_both_implementations_are_the_formula(
+    size: int, offset: int, steps: int, width: int, family: str, scale: float
+) -> None:
+    theta, rounding = some_theta(size), streams(steps)
+    seeds, coefficients = some_steps(steps, width, scale)
+    coefficients = np.nan_to_num(coefficients, posinf=3e38, neginf=-3e38)
+    wanted = formula(theta, seeds, coefficients, family, rounding, offset)
+    for implementation in (numba_cpu, reference):
+        found = implementation.replay_rounded(theta.clone(), seeds, coefficients, family, rounding, offset=offset)
+        assert (bits(found) == wanted).all(), implementation.__name__
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_stepwise_in_parts_and_on_any_threads(family: str, restore_threads: None) -> None:
+    size = 2 * numba_cpu.CHUNK + 17
+    theta, (seeds, coefficients), rounding = some_theta(size), some_steps(4, 2), streams(4)
+    torch.set_num_threads(1)
+    fused = directions.replay_rounded(theta.clone(), seeds, coefficients, family, rounding)
+    torch.set_num_threads(3)
+    threaded = directions.replay_rounded(theta.clone(), seeds, coefficients, family, rounding)
+    stepwise, parts = theta.clone(), theta.clone()
+    for s in range(4):
+        one = slice(s, s + 1)
+        directions.replay_rounded(stepwise, seeds[one], coefficients[one], family, rounding[one])
+    for start, stop in [(0, 1), (1, 1000), (1000, 300_001), (300_001, size)]:
+        directions.replay_rounded(parts[start:stop], seeds, coefficients, family, rounding, offset=start)
+    for other in (threaded, stepwise, parts):
+        assert (bits(other) == bits(fused)).all()
+
+
+def test_rounding_is_unbiased_where_plain_rounding_swallows_everything() -> None:
+    """A step of a tenth of the gap to the next bfloat16 value: on average it is taken, either sign, to 5 sigma."""
+    size, count = 256, 4000
+    theta = torch.from_numpy(np.random.default_rng(0).uniform(1.0, 1.9, size)).to(torch.bfloat16)
+    theta[::2] *= -1
+    gap, c = 2.0**-7, np.full((1, 1), 0.1 * 2.0**-7, np.float32)
+    seed = np.array([[7]], np.uint64)
+    wanted = directions.axpy(theta.float(), 7, float(c[0, 0]), "rademacher")
+    assert torch.equal(wanted.to(torch.bfloat16), theta)
+    total = torch.zeros(size, dtype=torch.float64)
+    for stream in range(count):
+        moved = directions.replay_rounded(theta.clone(), seed, c, "rademacher", np.array([stream], np.uint64))
+        assert ((moved.float() - wanted).abs() < gap).all()
+        total += moved.double()
+    sigma = gap * (0.1 * 0.9 / count) ** 0.5
+    error = total / count - wanted.double()
+    assert error.abs().max() < 5 * sigma
+    assert abs(float(error.mean())) < 5 * sigma / size**0.5
+
+
+def test_values_that_bfloat16_holds_stay() -> None:
+    theta = some_theta(5000)
+    theta = theta[~theta.isnan()].contiguous()
+    none = np.empty((3, 0), np.uint64), np.empty((3, 0), np.float32)
+    assert (bits(directions.replay_rounded(theta.clone(), *none, "rademacher", streams(3))) == bits(theta)).all()
+    zero = np.zeros((1, 1), np.uint64), np.zeros((1, 1), np.float32)  # -0 + 0 is 0
+    assert torch.equal(directions.replay_rounded(theta.clone(), *zero, "gaussian", streams(1)), theta)
+
+
+def test_special_values() -> None:
+    raw = np.array([0x7F80, 0xFF80, 0x7FC0, 0xFF81, 0x7FFF, 0x7F7F, 0x0001, 0x8001, 0x0000], np.uint16)
+    theta = torch.from_numpy(raw.copy()).view(torch.bfloat16)
+    tiny = np.full((1, 1), 1e-45, np.float32)
+    for implementation in (numba_cpu, reference):
+        seen: list[set[int]] = [set() for _ in raw]
+        for stream in range(300):
+            rounding = np.array([stream], np.uint64)
+            moved = implementation.replay_rounded(
+                theta.clone(), np.ones((1, 1), np.uint64), tiny, "rademacher", rounding
+            )
+            for place, value in enumerate(bits(moved).tolist()):
+                seen[place].add(value)
+        assert seen[:5] == [{0x7F80}, {0xFF80}, {0x7FC0}, {0x7FC0}, {0x7FC0}]
+        assert seen[5] == {0x7F7F}  # a tiny step is lost in float32, and nothing is cut off
+        assert all(value <= {0, 1, 2, 0x8000, 0x8001, 0x8002} for value in seen[6:])
+    huge = np.full((1, 64), 2e36, np.float32)  # beyond half the gap of the largest values: some become infinite
+    theta = torch.full((4096,), 3.3895314e38).to(torch.bfloat16)
+    moved = directions.replay_rounded(theta, np.zeros((1, 64), np.uint64), huge, "rademacher", streams(1))
+    assert set(bits(moved).tolist()) <= set(range(0x7F00, 0x7F81)) and moved.isinf().any() and not moved.isnan().any()
+
+
+def test_bad_arguments_change_nothing() -> None:
+    theta, (seeds, coefficients), rounding = some_theta(9), some_steps(2, 3), streams(2)
+    before = bits(theta).copy()
+    for arguments, message in [
+        ((theta.float(), seeds, coefficients, "rademacher", rounding), "must be torch.bfloat16"),
+        ((theta, seeds[0], coefficients[0], "rademacher", rounding), "must be 2-D of one shape"),
+        ((theta, seeds, coefficients, "rademacher", rounding[:1]), r"must be uint64 of shape \(2,\)"),
+        ((theta, seeds, coefficients, "rademacher", rounding.astype(np.int64)), "rounding is int64"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            directions.replay_rounded(*arguments)
+    coefficients[1, 1] = np.inf
+    with pytest.raises(directions.RunError, match="coefficient 4 of 6 is inf"):
+        directions.replay_rounded(theta, seeds, coefficients, "rademacher", rounding)
+    assert (bits(theta) == before).all()

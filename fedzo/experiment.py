@@ -66,12 +66,16 @@ def build_space(config: Config, loaded: LoadedModel) -> TrainableSpace:
         return spaces.full(loaded.model, section.include, section.exclude)
     if section.kind == "adapter":
         return spaces.adapter(loaded.model)
+    new = loaded.new_parameters
     if section.mask in spaces.METHODS:
-        return spaces.sparse(
-            loaded.model, section.density, section.mask, config.seed, section.include, section.exclude,
-            dense=loaded.new_parameters,
+        mask = spaces.draw_mask(
+            loaded.model, section.density, section.mask, loaded.fingerprint, seed=config.seed,
+            include=section.include, exclude=(*section.exclude, *new), per_tensor=section.per_tensor,
         )  # fmt: skip
-    return spaces.load_mask(Path(section.mask), loaded.model, loaded.fingerprint)
+    else:
+        mask = spaces.Mask.load(Path(section.mask))
+        mask.check(loaded.model, loaded.fingerprint)
+    return spaces.sparse(loaded.model, mask, dense=new)
 
 
 class Experiment:

@@ -347,9 +347,9 @@ def test_wrong_models(data: Path, tmp_path: Path) -> None:
 def test_mask_for_another_model(data: Path, tmp_path: Path) -> None:
     experiment = Experiment(config(data, space__kind="sparse"))
     mask = tmp_path / "mask.safetensors"
-    spaces.save_mask(experiment.space, mask, "0" * 64)
+    spaces.draw_mask(experiment.loaded.model, 0.01, "random", "0" * 64).save(mask)
     chosen = options(data, space__kind="sparse", space__mask=str(mask))
-    fails(fedzo("run", *chosen, "--out", tmp_path / "run"), "mask.safetensors", "another model")
+    fails(fedzo("run", *chosen, "--out", tmp_path / "run"), "another model", "make a new mask")
     mask.write_bytes(b"no mask")
     fails(fedzo("run", *chosen, "--out", tmp_path / "run"), "mask.safetensors")
     assert not (tmp_path / "run").exists()

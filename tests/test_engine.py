@@ -1,6 +1,7 @@
 """The engine on the embedded model: the same ledger again, and for each choice a replay to the recorded theta."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from small_runs import config, make_data, run
 from fedzo import engine, spaces
 from fedzo.errors import FedzoError, LedgerError, RunError, SpaceError
 from fedzo.experiment import Experiment
-from fedzo.federation.coordinator import Coordinator, RoundSummary
+from fedzo.federation.coordinator import Coordinator, RoundSummary, replay
 from fedzo.federation.ledger import Ledger
 from fedzo.report import summarise, verify
 from fedzo.run_folder import RunFolder
@@ -83,7 +84,7 @@ def test_every_choice_replays_to_the_recorded_theta(name: str, data: Path, tmp_p
         assert figures["dropped"] == {}
         assert all(np.isfinite(entry.scalars).all() for entry in ledger.read())
         moved = fresh.replica(ledger.spec)
-        engine.replay(ledger, moved)
+        replay(ledger, moved)
         assert not torch.equal(moved.theta, fresh.theta0())
 
 
@@ -172,12 +173,13 @@ def test_another_experiment_is_refused_by_field(change: dict[str, Any], named: s
 def test_a_mask_file_is_a_space_of_its_own_model_only(data: Path, tmp_path: Path) -> None:
     experiment = Experiment(config(data, space__kind="sparse", space__mask="magnitude", space__density=0.02))
     path = tmp_path / "mask.safetensors"
-    spaces.save_mask(experiment.space, path, experiment.loaded.fingerprint)
+    mask = spaces.draw_mask(experiment.loaded.model, 0.02, "magnitude", experiment.loaded.fingerprint)
+    mask.save(path)
     chosen = config(data, space__kind="sparse", space__mask=str(path), evaluation__every=0, data__test="")
     with run(tmp_path / "run", chosen) as ledger:
         assert ledger.spec.space_hash == experiment.space.hash
         assert verify(ledger, Experiment(chosen)) == 3
-    spaces.save_mask(experiment.space, path, "0" * 64)
+    replace(mask, fingerprint="0" * 64).save(path)
     with pytest.raises(SpaceError, match="another model"):
         Experiment(chosen)
 
@@ -199,16 +201,8 @@ def test_half_of_a_ledger_gives_the_theta_recorded_there(data: Path, plain: Path
     with Ledger(plain / "ledger.sqlite") as ledger:
         for rounds in (1, 2):
             replica = experiment.replica(ledger.spec)
-            engine.replay(ledger, replica, rounds)
+            replay(ledger, replica, rounds)
             assert replica.digest() == next(ledger.read(rounds - 1)).digest
-
-
-def test_a_failed_export_leaves_nothing(data: Path, plain: Path, tmp_path: Path) -> None:
-    experiment = Experiment(config(data))
-    (tmp_path / "file").write_text("in the way")
-    with Ledger(plain / "ledger.sqlite") as ledger, pytest.raises(RunError, match="cannot write the model"):
-        engine.export(experiment, ledger, 3, tmp_path / "file" / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_answers_need_a_plan(data: Path) -> None:

@@ -27,7 +27,7 @@ from fedzo.directions import fill
 from fedzo.errors import SpaceError
 from fedzo.evaluation import Batch, Evaluator, LossRequest, TokenTargets, candidate_scores, losses_from_scores
 from fedzo.evaluation import evaluator as evaluator_module
-from fedzo.spaces import TrainableSpace, full, sparse
+from fedzo.spaces import TrainableSpace, draw_mask, full, sparse
 
 VOCAB = 64
 _GQA = {
@@ -138,7 +138,7 @@ def hooks(model: nn.Module) -> list[tuple[int, int]]:
 SPACES: dict[str, Callable[[nn.Module], TrainableSpace]] = {
     "full": full,
     "part": lambda model: full(model, exclude=["*norm*", "*layer_norm*", "*.bias"]),
-    "random": lambda model: sparse(model, 0.2, "random", 1),
+    "random": lambda model: sparse(model, draw_mask(model, 0.2, "random", "f" * 64, seed=1)),
 }
 
 

@@ -1,7 +1,8 @@
 """Spaces: order, ties, masks, files."""
 
 import math
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 
 from fedzo.errors import SpaceError
-from fedzo.spaces import full, load_mask, save_mask, sparse
-from fedzo.spaces.sparse import choose
+from fedzo.spaces import Mask, draw_mask, full, sparse
+from fedzo.spaces.selection import choose
 
 
 class Tied(nn.Module):
@@ -24,6 +25,10 @@ class Tied(nn.Module):
         self.second = nn.Linear(6, 6)
         self.second.weight = self.first.weight
         self.embed = nn.Embedding(10, 6)
+
+
+def drawn(model: nn.Module, density: float, method: str = "random", **options: Any) -> Mask:
+    return draw_mask(model, density, method, "f" * 64, **options)
 
 
 def test_full_is_sorted_and_lists_a_tied_parameter_once() -> None:
@@ -55,17 +60,22 @@ def test_hash_tells_content_not_order_of_registration() -> None:
     assert full(build(["a", "b"])).hash == full(build(["b", "a"])).hash
     assert full(build(["a", "b"])).hash != full(build(["a", "c"])).hash
     assert full(build(["a", "b"])).hash != full(build(["a", "b"], 4)).hash
-    assert sparse(Tied(), 0.5, "random", 1).hash != sparse(Tied(), 0.5, "random", 2).hash
+    one, other = (sparse(Tied(), drawn(Tied(), 0.5, seed=seed)) for seed in (1, 2))
+    assert one.hash != other.hash
 
 
 @pytest.mark.parametrize("kind", ["full", "sparse"])
 def test_write_and_theta0_are_inverse_and_touch_nothing_else(kind: str) -> None:
     model = Tied()
-    space = full(model, exclude=["norm.*"]) if kind == "full" else sparse(model, 0.3, "random", 3, dense=["norm.bias"])
+    mask = drawn(model, 0.3, seed=3)
+    space = full(model, exclude=["norm.*"]) if kind == "full" else sparse(model, mask, dense=["norm.bias"])
+    initial = space.theta0(model)
+    assert torch.equal(initial, space.read(model))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     theta = torch.randn(space.size)
     space.write(model, theta)
-    assert torch.equal(space.theta0(model), theta)
+    assert torch.equal(space.read(model), theta)
+    assert torch.equal(space.theta0(model), theta if kind == "full" else torch.cat([initial[:-6], theta[-6:]]))
     changed = sum(int((p != before[name]).sum()) for name, p in model.named_parameters())
     assert changed == space.size
     assert model.second.weight is model.first.weight
@@ -96,7 +106,7 @@ def test_magnitude_mask_is_the_exact_top_k_with_ties_by_name_and_index(density: 
     with torch.no_grad():
         for p in model.parameters():
             p.copy_((torch.randn_like(p) * 4).round())  # many ties
-    space = sparse(model, density, "magnitude")
+    space = sparse(model, drawn(model, density, "magnitude"))
     matrices = sorted((name, p) for name, p in model.named_parameters() if p.ndim >= 2)
     entries = [(-abs(float(v)), name, i) for name, p in matrices for i, v in enumerate(p.detach().reshape(-1))]
     expected = sorted((name, i) for _, name, i in sorted(entries)[: round(density * len(entries))])
@@ -104,7 +114,7 @@ def test_magnitude_mask_is_the_exact_top_k_with_ties_by_name_and_index(density: 
 
 
 def test_random_mask_is_a_function_of_seed_and_sizes() -> None:
-    one, other = sparse(Tied(0), 0.4, "random", 7), sparse(Tied(1), 0.4, "random", 7)
+    one, other = (sparse(Tied(), drawn(Tied(weights), 0.4, seed=7)) for weights in (0, 1))
     assert one.hash == other.hash
     assert one.size == round(0.4 * (36 + 60))
     for segment in one.segments:
@@ -128,7 +138,8 @@ def test_choose_is_uniform() -> None:
 
 
 def test_dense_names_come_whole_and_outside_the_count() -> None:
-    space = sparse(Tied(), 0.5, "random", 0, dense=["embed.weight", "norm.bias"])
+    mask = drawn(Tied(), 0.5, exclude=["embed.*"])
+    space = sparse(Tied(), mask, dense=["embed.weight", "norm.bias"])
     segments = {s.name: s for s in space.segments}
     assert segments["embed.weight"].indices is None and segments["norm.bias"].size == 6
     assert segments["first.weight"].size == 18
@@ -141,33 +152,45 @@ def test_dense_names_come_whole_and_outside_the_count() -> None:
         ({"density": 1.5, "method": "random"}, "density is 1.5"),
         ({"density": 0.1, "method": "largest"}, "unknown mask method 'largest'"),
         ({"density": 0.1, "method": "random", "include": ["norm.*"]}, "no matrix matches"),
-        ({"density": 0.1, "method": "random", "dense": ["head.weight"]}, "head.weight"),
+        ({"density": 0.1, "method": "sensitive"}, "calibration"),
     ],
 )
 def test_impossible_masks_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(SpaceError, match=message):
-        sparse(Tied(), **arguments)  # type: ignore[arg-type]
+        draw_mask(Tied(), fingerprint="f" * 64, **arguments)  # type: ignore[arg-type]
 
 
-def test_mask_file_round_trip_and_refusals(tmp_path: Path) -> None:
-    model = Tied()
-    space = sparse(model, 0.3, "magnitude", dense=["norm.bias"])
-    path = tmp_path / "mask.safetensors"
-    save_mask(space, path, "f" * 64)
-    again = load_mask(path, model, "f" * 64)
-    assert again == space and again.hash == space.hash
-    assert torch.equal(again.theta0(model), space.theta0(model))
-    with pytest.raises(SpaceError, match="mask for another model"):
-        load_mask(path, model, "e" * 64)
-    with pytest.raises(SpaceError, match="missing in this model"):
-        load_mask(path, nn.Linear(2, 2), "f" * 64)
-    with pytest.raises(SpaceError, match="does not exist"):
-        load_mask(tmp_path / "none", model, "f" * 64)
-    content = bytearray(path.read_bytes())
-    content[-8] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(SpaceError, match="damaged"):
-        load_mask(path, model, "f" * 64)
-    path.write_bytes(content[:40])
-    with pytest.raises(SpaceError, match="damaged"):
-        load_mask(path, model, "f" * 64)
+def test_dense_names_are_checked() -> None:
+    mask = drawn(Tied(), 0.5)
+    with pytest.raises(SpaceError, match=r"head\.weight, which this model does not have"):
+        sparse(Tied(), mask, dense=["head.weight"])
+    with pytest.raises(SpaceError, match=r"embed\.weight, which the mask covers"):
+        sparse(Tied(), mask, dense=["embed.weight"])
+
+
+class Packed(nn.Module):
+    """What a quantised layer looks like: its weight is a packed integer tensor that knows the shape it packs."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(math.prod(shape) // 2, 1, dtype=torch.uint8), requires_grad=False)
+        self.weight.quant_state = SimpleNamespace(shape=torch.Size(shape))  # type: ignore[attr-defined]
+
+
+def test_a_quantised_model_starts_from_the_values_in_the_mask_and_is_never_written() -> None:
+    plain = nn.ModuleDict({"layer": nn.Linear(8, 6, bias=False)})
+    mask = drawn(plain, 0.25)
+    quantised = nn.ModuleDict({"layer": Packed((6, 8))})
+    mask.check(quantised, "f" * 64)
+    space = sparse(quantised, mask)
+    theta = space.theta0(quantised)
+    assert torch.equal(theta, sparse(plain, mask).read(plain)) and space.hash == sparse(plain, mask).hash
+    assert space.theta0(quantised, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(SpaceError, match="never merged into quantised"):
+        space.write(quantised, theta)
+    with pytest.raises(SpaceError, match="is quantised"):
+        space.read(quantised)
+    with pytest.raises(SpaceError, match="before quantising"):
+        drawn(quantised, 0.25)
+    with pytest.raises(SpaceError, match=r"has shape \(6, 4\)"):
+        space.theta0(nn.ModuleDict({"layer": Packed((6, 4))}))

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fedzo.errors import SpaceError
 
+Part = tuple[str, tuple[int, ...], Tensor | None, Tensor | None]
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -22,6 +24,7 @@ class Segment:
         offset: index in theta of the segment's first entry.
         size: number of entries of theta that belong to it.
         indices: [size] int64, sorted flat indices of the trainable entries; None when all are.
+        values: [size] float32 on CPU, the initial values of a masked segment; None: those that the model holds.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Segment:
     offset: int
     size: int
     indices: Tensor | None = field(default=None, compare=False)
+    values: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,40 @@ class TrainableSpace:
     size: int
     hash: str
 
-    def theta0(self, model: nn.Module) -> Tensor:
-        """The model's present values: a new [size] float32 tensor on the model's device."""
+    def theta0(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The initial values, of a mask where it has some, else the model's: new, [size], on the model's device."""
         parameters = self.parameters(model)
-        with torch.no_grad():
-            return torch.cat([_gather(parameters[s.name], s).float() for s in self.segments])
+
+        def initial(segment: Segment) -> Tensor:
+            parameter = parameters[segment.name]
+            values = _gather(parameter, segment) if segment.values is None else segment.values.to(parameter.device)
+            return values.to(dtype)
+
+        return torch.cat([initial(segment) for segment in self.segments])
+
+    def read(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The model's present values: new, [size], on the model's device.
+
+        Raises:
+            SpaceError: a parameter is quantised.
+        """
+        parameters = self.parameters(model)
+        return torch.cat([_gather(parameters[segment.name], segment).to(dtype) for segment in self.segments])
 
     def write(self, model: nn.Module, theta: Tensor) -> None:
-        """Write theta into the model's parameters for good."""
+        """Write theta into the model's parameters for good.
+
+        Raises:
+            SpaceError: a parameter is quantised; no parameter has changed then.
+        """
         self.check(theta)
         parameters = self.parameters(model)
+        for name, parameter in parameters.items():
+            if not parameter.is_floating_point():
+                raise SpaceError(
+                    f"parameter {name} is quantised ({parameter.dtype}), and theta is never merged into quantised "
+                    'weights: load the model with quantisation = "none" to write theta into it'
+                )
         with torch.no_grad():
             for segment in self.segments:
                 parameter = parameters[segment.name]
@@ -84,8 +112,8 @@ class TrainableSpace:
         present = dict(model.named_parameters())
         for segment in self.segments:
             found = present.get(segment.name)
-            if found is None or tuple(found.shape) != segment.shape:
-                state = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+            if found is None or shape_of(found) != segment.shape:
+                state = "is missing" if found is None else f"has shape {shape_of(found)}"
                 raise SpaceError(
                     f"the space needs parameter {segment.name} of shape {segment.shape}, which {state} in this model: "
                     "build the space on the model it is used with"
@@ -109,7 +137,7 @@ def full(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[st
     Raises:
         SpaceError: no parameter matches, or a parameter is not of a floating type.
     """
-    return build("full", [(name, shape, None) for name, shape in matching(model, include, exclude).items()])
+    return build("full", [(name, shape, None, None) for name, shape in matching(model, include, exclude).items()])
 
 
 def adapter(model: nn.Module) -> TrainableSpace:
@@ -121,17 +149,17 @@ def adapter(model: nn.Module) -> TrainableSpace:
     trainable = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     if len(trainable) in (0, len(dict(model.named_parameters()))):
         raise SpaceError("the model has no adapter: add one first (lora, ia3, prefix or prompt)")
-    return build("adapter", [(name, shape, None) for name, shape in trainable.items()])
+    return build("adapter", [(name, shape, None, None) for name, shape in trainable.items()])
 
 
-def build(kind: str, parts: Iterable[tuple[str, tuple[int, ...], Tensor | None]]) -> TrainableSpace:
-    """The space of (name, shape, sorted flat indices or None) parts, laid out in the order of their names."""
+def build(kind: str, parts: Iterable[Part]) -> TrainableSpace:
+    """The space of (name, shape, sorted flat indices or None, their initial values or None), in the order of names."""
     segments: list[Segment] = []
     digest = hashlib.sha256()
     offset = 0
-    for name, shape, indices in sorted(parts, key=lambda part: part[0]):
+    for name, shape, indices, values in sorted(parts, key=lambda part: part[0]):
         size = math.prod(shape) if indices is None else indices.numel()
-        segments.append(Segment(name, shape, offset, size, indices))
+        segments.append(Segment(name, shape, offset, size, indices, values))
         digest.update(f"{name}\n{','.join(map(str, shape))}\n{'dense' if indices is None else size}\n".encode())
         if indices is not None:
             digest.update(indices.cpu().numpy().astype("<i8").tobytes())
@@ -159,10 +187,24 @@ def matching(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -
         )
     for name, parameter in found.items():
         if not parameter.is_floating_point():
-            raise SpaceError(f"parameter {name} has dtype {parameter.dtype} and cannot be trained: exclude it")
+            raise SpaceError(
+                f"parameter {name} has dtype {parameter.dtype} and cannot be trained: exclude it, or, where it is "
+                "quantised, choose what is trainable before quantising"
+            )
     return {name: tuple(p.shape) for name, p in found.items()}
 
 
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter; of a 4-bit one that of the weight which it packs."""
+    packed = getattr(parameter, "quant_state", None)
+    return tuple(parameter.shape if packed is None else packed.shape)
+
+
 def _gather(parameter: Tensor, segment: Segment) -> Tensor:
+    if not parameter.is_floating_point():
+        raise SpaceError(
+            f"parameter {segment.name} is quantised ({parameter.dtype}) and does not hold its values any more: "
+            'take them from a mask, or load the model with quantisation = "none"'
+        )
     flat = parameter.detach().reshape(-1)
     return flat if segment.indices is None else flat[segment.indices.to(flat.device)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedzo import directions
+from fedzo.directions import philox
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.federation.randomness import pool_seeds
 from fedzo.optimizers import SGD, PoolSGD, Records, Schedule
@@ -87,11 +88,71 @@ def test_sgd_snapshot() -> None:
     sgd, moved, other = SGD(Schedule("linear", 0.1, 40), 4, "rademacher"), theta0(), theta0()
     sgd.apply(moved, None, [records(0, 1, 3)])
     data = sgd.snapshot(moved, None)
-    assert len(data) == sgd.snapshot_bytes(SIZE) == 4 * SIZE
+    assert len(data) == sgd.snapshot_bytes(theta0()) == 4 * SIZE
     sgd.restore(other, None, data)
     assert torch.equal(other, moved)
     with pytest.raises(ProtocolError, match=f"{4 * SIZE - 1} bytes, wanted {4 * SIZE}"):
         sgd.restore(other, None, data[:-1])
+
+
+# -- SGD on a bfloat16 theta
+
+
+def rounded0() -> Tensor:
+    return theta0().to(torch.bfloat16)
+
+
+def test_rounded_sgd_is_one_rounding_a_step() -> None:
+    schedule = Schedule("cosine", 0.1, 20, 2)
+    sgd, given = SGD(schedule, 4, "rademacher", rounding=11), [records(3, 2, 5), records(5, 1, 0), records(6, 3, 4)]
+    theta, wanted = rounded0(), rounded0()
+    sgd.apply(theta, None, given)
+    for r in given:
+        for s in range(len(r.seeds)):
+            low, high = philox.words(11, 2, r.step + s).tolist()
+            coefficients = (-schedule(r.step + s) / 4 * r.scalars[s].astype(np.float64)).astype(np.float32)
+            directions.replay_rounded(
+                wanted, r.seeds[s : s + 1], coefficients[None], "rademacher", np.array([low | high << 32], np.uint64)
+            )
+    assert torch.equal(theta, wanted) and not torch.equal(theta, rounded0())
+    assert torch.allclose(theta.float(), theta0(), atol=3.0)
+    other = rounded0()
+    SGD(schedule, 4, "rademacher", rounding=12).apply(other, None, given)
+    assert not torch.equal(other, theta)
+
+
+def test_rounded_sgd_step_by_step_is_fused() -> None:
+    sgd, given = SGD(Schedule("linear", 0.1, 40), 4, "rademacher", 5), [records(2 * i, 2, i % 3) for i in range(10)]
+    fused, stepwise = rounded0(), rounded0()
+    sgd.apply(fused, None, given)
+    for r in given:
+        for s in range(2):
+            sgd.local().apply(stepwise, None, [Records(r.step + s, r.seeds[s : s + 1], r.scalars[s : s + 1])])
+    assert torch.equal(fused, stepwise)
+
+
+def test_streams_are_counted_by_the_step() -> None:
+    sgd = SGD(Schedule("linear", 0.1, 40), 4, "rademacher", 5)
+    assert sgd.streams(3, 4).tolist() == [int(sgd.streams(step, 1)[0]) for step in range(3, 7)]
+    assert np.unique(sgd.streams(0, 1000)).size == 1000
+
+
+def test_rounded_snapshot_has_two_bytes_a_value() -> None:
+    sgd, moved, other = SGD(Schedule("linear", 0.1, 40), 4, "rademacher"), rounded0(), rounded0()
+    sgd.apply(moved, None, [records(0, 1, 3)])
+    data = sgd.snapshot(moved, None)
+    assert len(data) == sgd.snapshot_bytes(moved) == 2 * SIZE
+    sgd.restore(other, None, data)
+    assert torch.equal(other, moved)
+    with pytest.raises(ProtocolError, match=f"{4 * SIZE} bytes, wanted {2 * SIZE}"):
+        sgd.restore(other, None, SGD.snapshot(sgd, theta0(), None))
+    assert torch.equal(other, moved)
+
+
+def test_a_pool_refuses_a_rounded_theta() -> None:
+    rule = PoolSGD(SGD(Schedule("linear", 0.05, 100), 3, "rademacher"), POOL)
+    with pytest.raises(ConfigError, match='seed schedule "pool" needs float32'):
+        rule.init(rounded0())
 
 
 def test_records_have_one_shape() -> None:
@@ -131,7 +192,7 @@ def test_pool_grouping_and_snapshot() -> None:
         walking = rule.apply(stepwise, walking, [r])
     assert torch.equal(fused, stepwise)
     data = rule.snapshot(fused, state)
-    assert len(data) == rule.snapshot_bytes(SIZE) == 8 * POOL.size
+    assert len(data) == rule.snapshot_bytes(theta0()) == 8 * POOL.size
     restored = rule.restore(late, rule.init(late), data)
     assert torch.equal(late, fused)
     more = [records(40, 1, 6, pool=True)]  # the state goes on from there, bit for bit

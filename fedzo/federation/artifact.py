@@ -15,10 +15,10 @@ _RANGE = struct.Struct("<QQ")
 
 
 def pack_values(theta: Tensor, ranges: Sequence[tuple[int, int]]) -> bytes:
-    """The float32 values of theta in the ranges (offset, length)."""
+    """The values of theta in the ranges (offset, length), as float32."""
     head = _COUNT.pack(len(ranges)) + b"".join(_RANGE.pack(*r) for r in ranges)
-    values = theta.detach().cpu().numpy().astype("<f4", copy=False)
-    return head + b"".join(values[offset : offset + length].tobytes() for offset, length in ranges)
+    parts = [theta.detach()[offset : offset + length].float().cpu().numpy() for offset, length in ranges]
+    return head + b"".join(part.astype("<f4", copy=False).tobytes() for part in parts)
 
 
 def unpack_values(data: bytes, theta: Tensor) -> None:

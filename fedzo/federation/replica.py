@@ -9,15 +9,15 @@ from fedzo.errors import ProtocolError
 from fedzo.federation.artifact import unpack_values
 from fedzo.federation.messages import CatchUp
 from fedzo.federation.spec import RunSpec
-from fedzo.optimizers import Records
+from fedzo.optimizers import Records, theta_array
 
 # Records fused into one pass; a bound on memory, not a choice that theta depends on.
 _FUSED = 4096
 
 
 def theta_digest(theta: Tensor) -> bytes:
-    """SHA-256 over theta's float32 values as little-endian bytes."""
-    return hashlib.sha256(theta.detach().cpu().numpy().astype("<f4", copy=False).data).digest()
+    """SHA-256 over theta's values as little-endian bytes: 4 each, of a bfloat16 theta 2."""
+    return hashlib.sha256(theta_array(theta).data).digest()
 
 
 class Replica:
@@ -25,7 +25,8 @@ class Replica:
 
     Args:
         spec: the run.
-        load: makes theta0, float32 [size], anew from the base model.
+        load: gives theta0 [size], float32 or bfloat16, for the replica to move. It is called again at every reset, and
+            may each time fill and return the same memory: theta of a bfloat16 run is the model's own weights.
     """
 
     def __init__(self, spec: RunSpec, load: Callable[[], Tensor]) -> None:

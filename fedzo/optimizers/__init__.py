@@ -4,8 +4,20 @@ from collections.abc import Callable
 
 from fedzo.optimizers.base import Records, Scalars, Seeds, UpdateRule
 from fedzo.optimizers.schedule import SCHEDULES, Schedule
-from fedzo.optimizers.sgd import SGD, PoolSGD
+from fedzo.optimizers.sgd import SGD, PoolSGD, theta_array
 
-OPTIMIZERS: dict[str, Callable[[Schedule, int, str], SGD]] = {"sgd": SGD}
+# From schedule, queries, direction family and rounding seed.
+OPTIMIZERS: dict[str, Callable[[Schedule, int, str, int], SGD]] = {"sgd": SGD}
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "SGD", "PoolSGD", "Records", "Scalars", "Schedule", "Seeds", "UpdateRule"]
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "SGD",
+    "PoolSGD",
+    "Records",
+    "Scalars",
+    "Schedule",
+    "Seeds",
+    "UpdateRule",
+    "theta_array",
+]

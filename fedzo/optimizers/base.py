@@ -36,7 +36,7 @@ class UpdateRule(Protocol):
     """Turns records into theta. State is part of theta's function: same records, same state, bit for bit."""
 
     def init(self, theta0: Tensor) -> object:
-        """The state before the first step, for theta0 float32 [size]."""
+        """The state before the first step, for theta0 [size], float32 or bfloat16."""
         ...
 
     def apply(self, theta: Tensor, state: object, records: Sequence[Records]) -> object:
@@ -51,8 +51,8 @@ class UpdateRule(Protocol):
         """Everything that a holder of theta0 needs to stand at this (theta, state), as little-endian bytes."""
         ...
 
-    def snapshot_bytes(self, size: int) -> int:
-        """The length of a snapshot of a theta with this many entries."""
+    def snapshot_bytes(self, theta: Tensor) -> int:
+        """The length of a snapshot of a theta of this size and dtype."""
         ...
 
     def restore(self, theta: Tensor, state: object, data: bytes) -> object:

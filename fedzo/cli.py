@@ -263,24 +263,30 @@ def resume(run: RunPath, quiet: Quiet = False, as_json: Json = False) -> None:
 @app.command()
 def replay(
     run: RunPath,
-    out: Annotated[Path, typer.Option("--out", help="Directory for the fine-tuned model; must not exist.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for the export; must not exist.")],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--as", metavar="FORMAT", help="merged, delta, peft or shira; none: peft for an adapter, else merged."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of a merged model: float32 (the default), float16 or bfloat16.")
+    ] = None,
     round_: Round = "last",
     as_json: Json = False,
 ) -> None:
-    """Rebuild the fine-tuned model from base model and ledger, for `from_pretrained` (adapters: PeftModel)."""
-    from fedzo import engine
-    from fedzo.experiment import Experiment
+    """Rebuild the fine-tuned model from base model and ledger: for `from_pretrained`, PEFT, or as a sparse delta."""
+    from fedzo.engine import choose_round
+    from fedzo.export import default_form, export
 
-    if out.exists():
-        raise ConfigError(f"{out} exists; give a directory that does not")
     folder, ledger = _open(run)
     with ledger:
-        rounds = engine.choose_round(ledger, round_)
+        rounds, config = choose_round(ledger, round_), folder.load_config()
+        form = form or default_form(config)
         with _loading(as_json, "replaying"):
-            experiment = Experiment(folder.load_config())
-            engine.check_same(ledger, experiment)
-            digest = engine.export(experiment, ledger, rounds, out)
-    _print_figures({"model": str(out), "rounds": rounds, "theta_digest": digest}, as_json)
+            digest = export(config, ledger, rounds, out, form=form, dtype=dtype)
+    _print_figures({"model": str(out), "format": form, "rounds": rounds, "theta_digest": digest}, as_json)
 
 
 @app.command()

@@ -1,16 +1,13 @@
 """Runs a run: the round loop over any transport, and the transport within one process."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Protocol
 
 from fedzo.errors import LedgerError, RunError
 from fedzo.evaluation import Evaluator
 from fedzo.experiment import Experiment
-from fedzo.federation.coordinator import Coordinator, RoundSummary, replay
+from fedzo.federation.coordinator import Coordinator, RoundSummary
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.messages import Plan, decode
 from fedzo.federation.worker import Worker
@@ -183,29 +180,3 @@ def choose_round(ledger: Ledger, text: str) -> int:
     if not text.isdecimal() or int(text) > ledger.rounds:
         raise RunError(f'round {text!r}: wanted "last", "best" or a number up to {ledger.rounds}')
     return int(text)
-
-
-def export(experiment: Experiment, ledger: Ledger, rounds: int, directory: Path) -> str:
-    """Replays a ledger onto the base model and saves the fine-tuned model, whole or not at all; returns theta's digest.
-
-    Raises:
-        RunError: the directory cannot be written.
-    """
-    from safetensors import SafetensorError
-
-    from fedzo.models import save_finetuned
-
-    replica = experiment.replica(ledger.spec)
-    replay(ledger, replica, rounds)
-    scratch = directory.with_name(f".{directory.name}.{os.getpid()}")
-    try:
-        save_finetuned(experiment.loaded, experiment.space, replica.theta, scratch)
-        scratch.rename(directory)
-    except Exception as error:
-        # A full disk is a SafetensorError from safetensors, and a bare Exception from tokenizers.
-        if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
-            raise RunError(f"cannot write the model to {directory}: {error}") from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return replica.digest().hex()

@@ -1,4 +1,4 @@
-"""Base models: loading and fingerprint, heads for encoders, adapters, and saving what a run made of them."""
+"""Base models: loading and fingerprint, heads for encoders, adapters."""
 
 import hashlib
 import json
@@ -16,7 +16,6 @@ from torch.nn import functional
 from fedzo import directions
 from fedzo.directions import philox
 from fedzo.errors import ModelError
-from fedzo.spaces import TrainableSpace
 
 KINDS = ("causal", "masked", "encoder")
 ADAPTERS = ("lora", "ia3", "prefix", "prompt")
@@ -89,7 +88,7 @@ def load_model(source: str, kind: str, *, device: str = "cpu", revision: str | N
     Args:
         source: "embedded" (fedzo's own toy model), a local directory, or a name on the Hugging Face hub.
         kind: "causal", "masked" or "encoder"; an encoder gets its classes by :func:`add_head`, unless the directory
-            holds a head that :func:`save_finetuned` wrote.
+            holds a head that :func:`save_head` wrote.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -187,7 +186,7 @@ def add_adapter(
     )
     architecture = getattr(base.config, "model_type", type(base).__name__)
     try:
-        with _quiet():
+        with quiet():
             wrapped = peft.get_peft_model(base, config).eval()
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         advice = "name its layers in target_modules" if kind in ("lora", "ia3") else "use lora"
@@ -205,38 +204,14 @@ def add_adapter(
     return replace(loaded, model=model, new_parameters=names)
 
 
-def save_finetuned(loaded: LoadedModel, space: TrainableSpace, theta: Tensor, directory: str | Path) -> None:
-    """Write the model at theta, with its tokenizer, for ``from_pretrained``; the loaded model stays as it is.
-
-    A model with an adapter gives a directory for ``PeftModel.from_pretrained``. An encoder's head goes beside the
-    encoder into head.safetensors, with fedzo_head.json; :func:`load_model` reads them back.
-
-    Raises:
-        ModelError: the model has an adapter, but the space changes other parameters.
-    """
+def save_head(classifier: EncoderClassifier, directory: Path) -> None:
+    """Write the head beside its encoder: head.safetensors and fedzo_head.json, which :func:`load_model` reads back."""
     from safetensors.torch import save_file
 
-    classifier = loaded.model if isinstance(loaded.model, EncoderClassifier) else None
-    core: Any = classifier.encoder if classifier is not None else loaded.model
-    if hasattr(core, "peft_config") and space.kind != "adapter":
-        raise ModelError(
-            f"the model has an adapter, and a {space.kind} space changes other parameters: train the adapter"
-        )
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    before = space.theta0(loaded.model)
-    try:
-        space.write(loaded.model, theta)
-        with _quiet():
-            core.save_pretrained(target)
-            loaded.tokenizer.save_pretrained(target)
-        if classifier is not None:
-            weight = classifier.head.weight.detach().cpu().clone()
-            save_file({"head.weight": weight}, str(target / _HEAD_FILE), metadata={"format": "pt"})
-            description = {"num_labels": weight.shape[0], "scale": classifier.scale, "pooling": classifier.pooling}
-            (target / _HEAD_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-    finally:
-        space.write(loaded.model, before)
+    weight = classifier.head.weight.detach().cpu().clone()
+    save_file({"head.weight": weight}, str(directory / _HEAD_FILE), metadata={"format": "pt"})
+    description = {"num_labels": weight.shape[0], "scale": classifier.scale, "pooling": classifier.pooling}
+    (directory / _HEAD_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def _locate(source: str, revision: str | None) -> Path:
@@ -255,7 +230,7 @@ def _locate(source: str, revision: str | None) -> Path:
 
     at = f" at revision {revision}" if revision else ""
     try:
-        with _quiet():
+        with quiet():
             found = download(["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"])
             if not any(found.glob("*.safetensors")):
                 found = download(["*.bin"])
@@ -320,7 +295,7 @@ def _load_config(directory: Path, source: str) -> Any:
     if not (directory / "config.json").is_file():
         raise ModelError(f"model {source} has no config.json in {directory}: it is no transformers model directory")
     try:
-        with _quiet():
+        with quiet():
             return AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {source} has a config.json that transformers cannot read: {_line(error)}") from error
@@ -351,7 +326,7 @@ def _load_tokenizer(directory: Path, source: str) -> Any:
     if not any((directory / name).is_file() for name in wanted):
         raise ModelError(f"model {source} has no tokenizer: one of {', '.join(wanted)} is wanted in {directory}")
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise ModelError(f"model {source} has a tokenizer that cannot be read: {_line(error)}") from error
@@ -373,7 +348,7 @@ def _load_weights(directory: Path, kind: str, source: str) -> nn.Module:
         "encoder": transformers.AutoModel,
     }[kind]
     try:
-        with _quiet():
+        with quiet():
             model, report = factory.from_pretrained(
                 directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
@@ -496,7 +471,7 @@ def _set(parameter: Tensor, values: Tensor) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars and warnings of transformers, peft and huggingface_hub."""
     import warnings
 

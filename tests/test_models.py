@@ -1,7 +1,6 @@
 """Loading, fingerprints, heads, adapters and saving, on tiny models written to a temporary directory."""
 
 import copy
-import json
 import os
 import shutil
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers import (
 from fedzo.errors import ModelError
 from fedzo.evaluation import Batch, Evaluator, LossRequest, TokenTargets
 from fedzo.models import ADAPTERS, EncoderClassifier, LoadedModel, add_adapter, add_head, load_model
-from fedzo.spaces import adapter, draw_mask, full, sparse
+from fedzo.spaces import adapter, full
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 WORDS = ["<pad>", "<unk>", "<eos>", "it", "was", "great", "terrible", "a", "film", "."]
@@ -170,8 +169,8 @@ def test_head_rows_are_label_features_and_features_skip_the_encoder(tmp_path: Pa
     with torch.no_grad():
         short = Batch({"features": model.features(**batch.inputs)}, batch.labels)
     theta = space.theta0(model)
-    long_way = evaluator.losses(LossRequest(theta, batch, (0.1, -0.1), 3))
-    assert torch.equal(long_way, evaluator.losses(LossRequest(theta, short, (0.1, -0.1), 3)))
+    long_way = evaluator.losses(LossRequest(theta, batch, (0.1, -0.1), (3,)))
+    assert torch.equal(long_way, evaluator.losses(LossRequest(theta, short, (0.1, -0.1), (3,))))
 
 
 def test_random_head_and_refusals(tmp_path: Path) -> None:
@@ -215,9 +214,10 @@ def test_adapters_work_and_start_from_the_seed_alone(name: str, kind: str, which
     evaluator = Evaluator(loaded.model, space)
     if which in ("lora", "ia3"):
         torch.testing.assert_close(evaluator.scores(thetas[0], batch), plain)
-    losses = evaluator.losses(LossRequest(thetas[0], batch, (0.05, -0.05, 0.0), 4))
+    losses = evaluator.losses(LossRequest(thetas[0], batch, (0.05, -0.05, 0.0), (4,)))
     assert torch.isfinite(losses).all()
-    assert not torch.equal(losses[0], losses[2]) and not torch.equal(losses[1], losses[2])
+    plus, minus, middle = losses[0]
+    assert not torch.equal(plus, middle) and not torch.equal(minus, middle)
     for parameter in (p for n, p in loaded.model.named_parameters() if n not in loaded.new_parameters):
         assert not parameter.requires_grad
 

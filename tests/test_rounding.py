@@ -8,14 +8,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedzo import directions
 from fedzo.directions import FAMILIES, numba_cpu, philox, reference
+from fedzo.errors import SpaceError
+from fedzo.spaces import draw_mask, full, sparse
 
 RNG = np.random.default_rng(3)
 offsets = st.one_of(st.integers(0, 300), st.integers(2**40 - 300, 2**40 + 300), st.integers(0, 2**61))
 sizes = st.one_of(st.integers(0, 70), st.integers(0, 10_000))
+
+
+def tiny_opt() -> nn.Module:
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        num_hidden_layers=2, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_attention_heads=2, vocab_size=97
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def bits(theta: Tensor) -> npt.NDArray[np.uint16]:
@@ -178,3 +190,32 @@ def test_bad_arguments_change_nothing() -> None:
     with pytest.raises(directions.RunError, match="coefficient 4 of 6 is inf"):
         directions.replay_rounded(theta, seeds, coefficients, "rademacher", rounding)
     assert (bits(theta) == before).all()
+
+
+# theta as the model's own weights
+
+
+def test_adopted_parameters_are_theta() -> None:
+    model = tiny_opt()
+    space = full(model, exclude=("*layer_norm*",))
+    wanted = space.theta0(model, torch.bfloat16)
+    theta = space.adopt(model, torch.bfloat16)
+    assert theta.dtype == torch.bfloat16 and torch.equal(theta, wanted)
+    parameters = space.parameters(model)
+    start, size = theta.data_ptr(), theta.numel() * theta.element_size()
+    for parameter in parameters.values():
+        assert parameter.dtype == torch.bfloat16 and start <= parameter.data_ptr() < start + size
+    assert {p.dtype for name, p in model.named_parameters() if name not in parameters} == {torch.float32}
+    theta.zero_()
+    assert not any(parameter.any() for parameter in parameters.values())
+    assert torch.equal(space.read(model, torch.bfloat16), theta)
+
+
+def test_other_spaces_keep_float32() -> None:
+    model = tiny_opt()
+    space = sparse(model, draw_mask(model, 0.1, "random", "base"))
+    with pytest.raises(SpaceError, match="wants a contiguous float32 vector"):
+        space.check(torch.zeros(space.size, dtype=torch.bfloat16))
+    with pytest.raises(SpaceError, match="is trained in part and cannot become a view"):
+        space.adopt(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -37,8 +37,8 @@ class SGD:
     """Plain ZO-SGD; no state, so any run of records is one fused pass over theta.
 
     A step on a bfloat16 theta adds its records in float32 and rounds once, stochastically
-    (`directions.replay_rounded`), by the stream whose seed is the first two words, the low one first, of block `step` of
-    the Philox stream `rounding`: a function of the rule and the step's index alone.
+    (`directions.replay_rounded`), by the stream whose seed is the first two words, the low one first, of block `step`
+    of the Philox stream `rounding`: a function of the rule and the step's index alone.
 
     Attributes:
         schedule: learning rate of a step.

@@ -37,7 +37,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class TrainableSpace:
-    """An ordered set of trainable entries of a model; theta is their flat float32 vector of ``size`` entries.
+    """An ordered set of trainable entries of a model; theta is their flat vector of ``size`` entries.
+
+    theta is float32; a full space's may be bfloat16.
 
     ``hash`` is a SHA-256 over names, shapes and indices: equal spaces have equal hashes however they were built.
     """
@@ -92,7 +94,7 @@ class TrainableSpace:
                     parameter.copy_(flat.index_copy(0, segment.indices.to(flat.device), values).view(segment.shape))
 
     def bind(self, model: nn.Module, theta: Tensor) -> None:
-        """Make the model's dense float32 parameters views of theta, which saves one copy in memory.
+        """Make the model's dense parameters of theta's dtype and device views of theta, which saves one copy in memory.
 
         Afterwards the parameters follow theta; sparse segments keep a storage of their own.
         """
@@ -100,8 +102,29 @@ class TrainableSpace:
         parameters = self.parameters(model)
         for segment in self.segments:
             parameter = parameters[segment.name]
-            if segment.indices is None and parameter.dtype == torch.float32 and parameter.device == theta.device:
-                parameter.data = theta[segment.offset : segment.offset + segment.size].view(segment.shape)
+            if segment.indices is None and parameter.dtype == theta.dtype and parameter.device == theta.device:
+                parameter.data = _view(theta, segment)
+
+    def adopt(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+        """Make theta the model's own weights: theta0 in dtype, of which the parameters become views, one after another.
+
+        At no time is there a second copy of more than one parameter. The parameters take dtype and device (None: as
+        they are) over; other parameters stay as and where they are.
+
+        Raises:
+            SpaceError: a segment is sparse.
+        """
+        parameters = self.parameters(model)
+        device = next(iter(parameters.values())).device if device is None else torch.device(device)
+        for segment in self.segments:
+            if segment.indices is not None:
+                raise SpaceError(f"parameter {segment.name} is trained in part and cannot become a view of theta")
+        theta = torch.empty(self.size, dtype=dtype, device=device)
+        for segment in self.segments:
+            view = _view(theta, segment)
+            view.copy_(parameters[segment.name].detach())
+            parameters[segment.name].data = view
+        return theta
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters by segment name.
@@ -121,11 +144,13 @@ class TrainableSpace:
         return {segment.name: present[segment.name] for segment in self.segments}
 
     def check(self, theta: Tensor) -> None:
-        """Raise SpaceError unless theta is a contiguous float32 vector of this space's size."""
-        if theta.shape != (self.size,) or theta.dtype != torch.float32 or not theta.is_contiguous():
+        """Raise SpaceError unless theta is a contiguous vector of this space's size, float32 or, in a full space, bfloat16."""
+        dtypes = (torch.bfloat16, torch.float32) if self.kind == "full" else (torch.float32,)
+        if theta.shape != (self.size,) or theta.dtype not in dtypes or not theta.is_contiguous():
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise SpaceError(
                 f"theta has shape {tuple(theta.shape)} and dtype {theta.dtype}; "
-                f"this space wants a contiguous float32 vector of {self.size} entries"
+                f"this space wants a contiguous {wanted} vector of {self.size} entries"
             )
 
 
@@ -198,6 +223,10 @@ def shape_of(parameter: Tensor) -> tuple[int, ...]:
     """The shape of a parameter; of a 4-bit one that of the weight which it packs."""
     packed = getattr(parameter, "quant_state", None)
     return tuple(parameter.shape if packed is None else packed.shape)
+
+
+def _view(theta: Tensor, segment: Segment) -> Tensor:
+    return theta[segment.offset : segment.offset + segment.size].view(segment.shape)
 
 
 def _gather(parameter: Tensor, segment: Segment) -> Tensor:

@@ -144,7 +144,7 @@ class TrainableSpace:
         return {segment.name: present[segment.name] for segment in self.segments}
 
     def check(self, theta: Tensor) -> None:
-        """Raise SpaceError unless theta is a contiguous vector of this space's size, float32 or, in a full space, bfloat16."""
+        """Raise SpaceError unless theta is a contiguous vector of this space's size, float32 or (if full) bfloat16."""
         dtypes = (torch.bfloat16, torch.float32) if self.kind == "full" else (torch.float32,)
         if theta.shape != (self.size,) or theta.dtype not in dtypes or not theta.is_contiguous():
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

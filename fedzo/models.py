@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn import functional
 from fedzo import directions
 from fedzo.directions import philox
 from fedzo.errors import ModelError
+from fedzo.runtime import import_bitsandbytes
 
 KINDS = ("causal", "masked", "encoder")
 ADAPTERS = ("lora", "ia3", "prefix", "prompt")
@@ -33,7 +34,8 @@ class LoadedModel:
     """A model ready for evaluation.
 
     Attributes:
-        model: eval mode, float32; a transformers model, a PEFT model or an :class:`EncoderClassifier`.
+        model: eval mode, float32 unless loaded or quantised otherwise; a transformers model, a PEFT model or an
+            :class:`EncoderClassifier`.
         tokenizer: pads on the right and has a pad token.
         kind: "causal", "masked" or "encoder".
         fingerprint: SHA-256 hex of the checkpoint's tensors on disk (names, shapes, dtypes, bytes).
@@ -48,7 +50,10 @@ class LoadedModel:
 
 
 class EncoderClassifier(nn.Module):
-    """Classes by cosine similarity: ``scale * features @ head.weight.T`` with unit-length features."""
+    """Classes by cosine similarity: ``scale * features @ head.weight.T`` with unit-length features.
+
+    The head is float32 whatever the encoder's dtype.
+    """
 
     def __init__(self, encoder: nn.Module, num_labels: int, scale: float, pooling: str) -> None:
         super().__init__()
@@ -56,13 +61,14 @@ class EncoderClassifier(nn.Module):
         self.scale = scale
         self.pooling = pooling
         width = int(encoder.config.hidden_size)  # type: ignore[union-attr,arg-type]
-        parameter = next(encoder.parameters())
-        self.head = nn.Linear(width, num_labels, bias=False, device=parameter.device, dtype=parameter.dtype)
+        device = next(encoder.parameters()).device
+        self.head = nn.Linear(width, num_labels, bias=False, device=device, dtype=torch.float32)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, d]: the pooled last hidden state, normalised to length 1."""
+        """[B, d] in the head's dtype: the pooled last hidden state, normalised to length 1."""
         hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         hidden = hidden[:, -input_ids.shape[1] :]  # without the virtual tokens of an adapter
+        hidden = hidden.to(self.head.weight.dtype)
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         else:
@@ -82,17 +88,26 @@ class EncoderClassifier(nn.Module):
         return logits
 
 
-def load_model(source: str, kind: str, *, device: str = "cpu", revision: str | None = None) -> LoadedModel:
-    """Load a model and its tokenizer in float32.
+def load_model(
+    source: str,
+    kind: str,
+    *,
+    device: str = "cpu",
+    revision: str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+) -> LoadedModel:
+    """Load a model and its tokenizer.
 
     Args:
         source: "embedded" (fedzo's own toy model), a local directory, or a name on the Hugging Face hub.
         kind: "causal", "masked" or "encoder"; an encoder gets its classes by :func:`add_head`, unless the directory
             holds a head that :func:`save_head` wrote.
         revision: branch, tag or commit on the hub.
+        dtype: of the model's parameters; None is the checkpoint's own, which takes the least memory before
+            quantising. The fingerprint does not depend on it.
 
     Raises:
-        ModelError: nothing is found there, a part is missing, or the model is not of that kind.
+        ModelError: nothing is found there, a part is missing, the model is not of that kind, or it is quantised.
     """
     if kind not in KINDS:
         raise ModelError(f"unknown model kind {kind!r}; known: {', '.join(KINDS)}")
@@ -101,7 +116,7 @@ def load_model(source: str, kind: str, *, device: str = "cpu", revision: str | N
     config = _load_config(directory, source)
     _check_kind(config, kind, source)
     tokenizer = _load_tokenizer(directory, source)
-    model = _load_weights(directory, kind, source)
+    model = _load_weights(directory, kind, source, dtype)
     head = directory / _HEAD_FILE
     if kind == "encoder" and head.is_file():
         model = _with_saved_head(model, directory)
@@ -159,6 +174,8 @@ def add_adapter(
 ) -> LoadedModel:
     """Wrap the model (of an encoder with a head: its encoder) with a PEFT adapter and freeze the rest but the head.
 
+    The adapter's parameters are float32 whatever the base; a quantised base keeps its weights.
+
     Initial values are a function of the seed alone: LoRA A Gaussian with the variance of PEFT's own initialisation,
     1 / (3 fan_in), and B zero; IA3 one; prefix Gaussian of standard deviation 0.02; prompt rows copied from
     vocabulary rows that the seed chooses.
@@ -174,6 +191,8 @@ def add_adapter(
     if kind not in ADAPTERS:
         raise ModelError(f"unknown adapter {kind!r}; known: {', '.join(ADAPTERS)}")
     try:
+        with suppress(ImportError):
+            import_bitsandbytes()  # as peft does where it is installed
         import peft
     except ImportError as error:
         raise ModelError("adapters need the package peft: install fedzo[adapters]") from error
@@ -187,6 +206,7 @@ def add_adapter(
     architecture = getattr(base.config, "model_type", type(base).__name__)
     try:
         with quiet():
+            _mark_quantised(base)
             wrapped = peft.get_peft_model(base, config).eval()
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         advice = "name its layers in target_modules" if kind in ("lora", "ia3") else "use lora"
@@ -212,6 +232,11 @@ def save_head(classifier: EncoderClassifier, directory: Path) -> None:
     save_file({"head.weight": weight}, str(directory / _HEAD_FILE), metadata={"format": "pt"})
     description = {"num_labels": weight.shape[0], "scale": classifier.scale, "pooling": classifier.pooling}
     (directory / _HEAD_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether :func:`fedzo.quantisation.quantise` has quantised a layer of it."""
+    return any(hasattr(module, "dequantised") for module in model.modules())
 
 
 def _locate(source: str, revision: str | None) -> Path:
@@ -304,6 +329,11 @@ def _load_config(directory: Path, source: str) -> Any:
 def _check_kind(config: Any, kind: str, source: str) -> None:
     from transformers.models.auto import modeling_auto as auto
 
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model {source} is a quantised checkpoint: give the unquantised one and choose a quantisation here, since "
+            "the entries to train must be taken out before quantising"
+        )
     model_type = config.model_type
     masked = model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     causal = model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
@@ -339,7 +369,7 @@ def _load_tokenizer(directory: Path, source: str) -> Any:
     return tokenizer
 
 
-def _load_weights(directory: Path, kind: str, source: str) -> nn.Module:
+def _load_weights(directory: Path, kind: str, source: str, dtype: torch.dtype | None) -> nn.Module:
     import transformers
 
     factory = {
@@ -350,7 +380,7 @@ def _load_weights(directory: Path, kind: str, source: str) -> nn.Module:
     try:
         with quiet():
             model, report = factory.from_pretrained(
-                directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                directory, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
             )
     except Exception as error:  # OSError, SafetensorError, RuntimeError: size mismatch...
         raise ModelError(f"model {source} cannot be loaded as kind {kind}: {_line(error)}") from error
@@ -383,11 +413,13 @@ def _with_saved_head(encoder: nn.Module, directory: Path) -> nn.Module:
 def _label_features(model: EncoderClassifier, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Features of the texts, computed in float64 and rounded once, so that every machine gets the same float32."""
     encoded = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(model.head.weight.device)
+    dtypes = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
     model.double()  # and back: both are exact
     try:
         return model.features(encoded["input_ids"], encoded["attention_mask"]).float()
     finally:
-        model.float()
+        for tensor, dtype in dtypes:
+            tensor.data = tensor.data.to(dtype)
 
 
 def _adapter_config(
@@ -416,6 +448,13 @@ def _adapter_config(
     return peft.PromptTuningConfig(
         task_type=task, num_virtual_tokens=virtual_tokens, prompt_tuning_init=peft.PromptTuningInit.RANDOM
     )
+
+
+def _mark_quantised(base: nn.Module) -> None:
+    """Set the attributes by which PEFT knows that layers of bitsandbytes are there."""
+    for module in base.modules():
+        if hasattr(module, "dequantised"):
+            setattr(base, f"is_loaded_in_{module.bits}bit", True)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Settings of the process, made once by a program's entry point."""
 
 import ctypes
+import importlib
+import logging
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -17,3 +19,26 @@ def keep_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, without code from the internet.
+
+    On a CPU with avx512_bf16 its import looks for the package `kernels` to run a matmul from the Hugging Face hub, and
+    logs a warning when that fails. Nothing of ours calls that matmul.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if "bitsandbytes" in sys.modules:
+        return
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    kernels = {"kernels": sys.modules["kernels"]} if "kernels" in sys.modules else {}
+    logger.disabled = True
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module("bitsandbytes")
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update(kernels)
+        logger.disabled = False

@@ -7,15 +7,19 @@ Element i of a direction depends on the seed, the family and i alone (Philox4x32
 
 Tensors are 1-D, contiguous and float32 (of ``replay_rounded`` bfloat16); ``offset`` is the index of their first element
 in the direction, so that a part of a vector can be treated alone. A step theta + c z is rounded to float32 after the
-product and again after the sum; c itself is rounded to float32 first. CPU tensors go through ``numba_cpu``, others
-through ``reference``: the same bits.
+product and again after the sum; c itself is rounded to float32 first. CPU tensors go through ``numba_cpu``, CUDA
+tensors through ``triton_cuda``, others, and those whose compiler is missing, through ``reference``: the same bits.
 
 All functions raise ConfigError for an unknown family or a seed outside [0, 2**64), RunError for a coefficient that is
 not finite in float32, and ValueError for tensors, arrays or offsets of the wrong kind.
 """
 
 import math
+import warnings
 from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
@@ -141,11 +145,28 @@ def _check_records(seeds: npt.NDArray[np.uint64], coefficients: npt.NDArray[np.f
 
 
 def _implementation(tensor: Tensor) -> ModuleType:
-    if tensor.device.type != "cpu":
-        return reference
-    from fedzo.directions import numba_cpu  # compiles, or loads what it compiled before
+    return _module(tensor.device)
 
-    return numba_cpu
+
+@cache
+def _module(device: torch.device) -> ModuleType:
+    """What computes on a device: compiled code, imported at its first use, or else the reference."""
+    compiler = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+    if compiler is None:
+        return reference
+    if find_spec(compiler) is None:
+        return _without(compiler, device, "is not installed")
+    module = import_module(f"fedzo.directions.{compiler}_{device.type}")
+    try:
+        module.fill(torch.empty(1, device=device), 0, "rademacher")
+    except Exception as error:  # Triton wants a C compiler and a GPU that it knows
+        return _without(compiler, device, f"does not work here ({type(error).__name__}: {str(error)[:200]})")
+    return module
+
+
+def _without(compiler: str, device: torch.device, why: str) -> ModuleType:
+    warnings.warn(f"{compiler} {why}: directions on {device} are computed by plain torch, much slower", stacklevel=2)
+    return reference
 
 
 def _check_family(family: str) -> None:

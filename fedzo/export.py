@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -27,7 +28,7 @@ from fedzo.federation.replica import theta_digest
 from fedzo.models import EncoderClassifier, LoadedModel, quiet, save_head
 from fedzo.spaces import Segment, TrainableSpace
 from fedzo.spaces.mask import decode, encode
-from fedzo.spaces.space import build
+from fedzo.spaces.space import Part, build
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DELTA = "delta.safetensors"
@@ -85,7 +86,8 @@ def export(
 
     form = form or default_form(config)
     _check(config, directory, form, dtype)
-    experiment = Experiment(config.on_base("none"))
+    whole = config.model.model_copy(update={"quantisation": "none", "compute_dtype": "float32"})
+    experiment = Experiment(config.model_copy(update={"model": whole}))
     check_same(ledger, experiment)
     replica = experiment.replica(ledger.spec)
     replay(ledger, replica, rounds)
@@ -285,8 +287,12 @@ def write_delta(finetuned: Finetuned, directory: Path) -> None:
     }
     indices = np.concatenate([np.zeros(0, np.uint8), *(code for code in codes if code is not None)])
     tensors = {"indices": torch.from_numpy(indices), "theta": finetuned.theta.detach().cpu()}
-    text = json.dumps(description, sort_keys=True, separators=(",", ":"))
+    text = _canonical({**description, "hash": sha256(_canonical(description).encode()).hexdigest()})
     (directory / DELTA).write_bytes(save(tensors, metadata={"delta": text}))
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def apply_delta(model: nn.Module, path: str | Path, fingerprint: str) -> None:
@@ -314,22 +320,24 @@ def _load_delta(path: Path, fingerprint: str) -> tuple[TrainableSpace, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as file:
             description = json.loads((file.metadata() or {})["delta"])
+            own = description.pop("hash")
             indices, theta = file.get_tensor("indices").numpy(), file.get_tensor("theta")
         if description["format"] != _DELTA_FORMAT:
             raise SpaceError(f"delta {path} has format {description['format']!r}, wanted {_DELTA_FORMAT!r}")
-        parts: list[tuple[str, tuple[int, ...], Tensor | None, Tensor | None]] = []
+        parts: list[Part] = []
         at = 0
         for name, shape, count, size in description["tensors"]:
             coded = None if size is None else torch.from_numpy(decode(indices[at : at + size], count))
             parts.append((name, tuple(shape), coded, None))
             at += size or 0
         space = build("sparse", parts)
-        named, digest, base = description["space_hash"], description["theta_digest"], description["fingerprint"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        named = (description["space_hash"], description["theta_digest"], own)
+        found = (space.hash, theta_digest(theta).hex(), sha256(_canonical(description).encode()).hexdigest())
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise SpaceError(f"{path} cannot be read as a delta: it is damaged or no delta") from error
-    if (space.hash, (space.size,), theta_digest(theta).hex()) != (named, tuple(theta.shape), digest):
+    if found != named or theta.shape != (space.size,):
         raise SpaceError(f"delta {path} is damaged: its content does not have the hashes that it names")
-    if base != fingerprint:
+    if (base := description["fingerprint"]) != fingerprint:
         raise SpaceError(
             f"delta for another base: {path} was made on a model of fingerprint {str(base)[:16]}, this model or "
             f"revision has {fingerprint[:16]}: load the base that its model card names"
@@ -383,7 +391,7 @@ def model_card(finetuned: Finetuned, config: Config, ledger: Ledger, form: str, 
         f"---\n{front}\n---\n\n# {base}, fine-tuned with fedzo\n\n"
         "Fine-tuned with forward passes only: clients sent seeds and scalars, and replaying their ledger on the base "
         f"model gives this model.\n\n| | |\n|---|---|\n{table}\n\n"
-        f"## Loading\n\n```python\n{_loading(finetuned.loaded.kind, base, form)}```\n\n"
+        f"## Loading\n\n```python\n{_loading(finetuned, form)}```\n\n"
         f"## Configuration\n\n```toml\n{to_toml(shown).strip()}\n```\n"
     )
 
@@ -395,13 +403,17 @@ def _recorded(ledger: Ledger, rounds: int, split: str) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
 
 
-def _loading(kind: str, base: str, form: str) -> str:
+def _loading(finetuned: Finetuned, form: str) -> str:
+    kind, base, model = finetuned.loaded.kind, finetuned.base, finetuned.loaded.model
     auto = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "encoder": "AutoModel"}[kind]
     if form == "delta":
-        head = "  # an encoder with a head: add_head(loaded, labels, None)" if kind == "encoder" else ""
+        names, head = "load_model", ""
+        if isinstance(model, EncoderClassifier):
+            names = "add_head, load_model"
+            head = f"loaded = add_head(loaded, {model.head.out_features}, None, {model.scale}, {model.pooling!r})\n"
         return (
-            "from fedzo.export import apply_delta\nfrom fedzo.models import load_model\n\n"
-            f'loaded = load_model("{base}", "{kind}"){head}\n'
+            f"from fedzo.export import apply_delta\nfrom fedzo.models import {names}\n\n"
+            f'loaded = load_model("{base}", "{kind}")\n{head}'
             f'apply_delta(loaded.model, "{DELTA}", loaded.fingerprint)\n'
         )
     if form == "merged" and kind == "encoder":

@@ -12,13 +12,15 @@ from functools import lru_cache
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedzo.cache import ArtifactCache
 from fedzo.config import Scalar, from_flat
-from fedzo.engine import answer
+from fedzo.engine import Bases, answer
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.experiment import Experiment
 from fedzo.federation.replica import Replica
 from fedzo.federation.spec import RunSpec
 from fedzo.runtime import keep_memory
+from fedzo.spaces import Mask
 
 RECORD = "fedzo"  # the one record of every message and of the client's state
 
@@ -27,11 +29,28 @@ _log = logging.getLogger("fedzo.client")
 
 
 @lru_cache(maxsize=1)
-def _resident(flower_run: int, run_config: tuple[tuple[str, Scalar], ...], spec: str) -> tuple[Experiment, Replica]:
-    """What this process keeps of a run."""
+def _resident(flower_run: int, run_config: tuple[tuple[str, Scalar], ...], spec: str) -> Bases:
+    """What this process keeps of a run.
+
+    Raises:
+        _MissingError: the run's mask is not in this machine's cache.
+    """
     keep_memory()
-    experiment = Experiment(from_flat({key: value for key, value in run_config if key != "out"}, "the run-config"))
-    return experiment, experiment.replica(RunSpec.from_json(spec))
+    config = from_flat({key: value for key, value in run_config if key != "out"}, "the run-config")
+    run = RunSpec.from_json(spec)
+    mask = None
+    if run.mask:
+        if config.space.kind != "sparse":
+            raise ProtocolError(f'refused: a client\'s space.kind is "{config.space.kind}", the run has a mask')
+        data = ArtifactCache().get(run.mask)
+        if data is None:
+            raise _MissingError
+        mask = Mask.from_bytes(data, f"mask {run.mask[:12]}")
+    return Bases(config, run, lambda own: Experiment(own, mask))
+
+
+class _MissingError(Exception):
+    pass
 
 
 def _enter(context: Context, spec: str) -> tuple[int, Experiment, Replica]:
@@ -46,7 +65,22 @@ def _enter(context: Context, spec: str) -> tuple[int, Experiment, Replica]:
         raise ProtocolError("a node has no client number; give it one with --node-config 'partition-id=0'")
     if not 0 <= number < clients:
         raise ProtocolError(f"client {number} refused: the run has the clients 0 to {clients - 1}")
-    return number, *_resident(context.run_id, tuple(sorted(context.run_config.items())), spec)
+    return number, *_resident(context.run_id, tuple(sorted(context.run_config.items())), spec).of(number)
+
+
+def _fetch(context: Context, mask: str, greeting: ConfigRecord) -> ConfigRecord | None:
+    """Keeps the part of the mask that came with a greeting; what to ask for next, or None when it is whole.
+
+    Raises:
+        ProtocolError: the part does not follow the last, or the whole has another hash.
+    """
+    data, offset, size = (greeting.get(key) for key in ("data", "offset", "size"))
+    held = 0
+    if isinstance(data, bytes) and isinstance(offset, int) and isinstance(size, int):
+        held = ArtifactCache().receive(mask, str(context.node_id), offset, data, size)
+        if held == size:
+            return None
+    return ConfigRecord({"wants": mask, "offset": held})
 
 
 def _note(error: Exception) -> None:
@@ -56,10 +90,20 @@ def _note(error: Exception) -> None:
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Answers the run's header with the client's Hello, or with why it cannot take part."""
+    """Answers the run's header with the client's Hello, with what it wants first, or with why it cannot take part.
+
+    A client that lacks the run's mask says which bytes of it it wants next; they come with the header once more.
+    """
     try:
-        spec = str(message.content.config_records[RECORD]["spec"])
-        number, experiment, replica = _enter(context, spec)
+        greeting = message.content.config_records[RECORD]
+        spec = str(greeting["spec"])
+        try:
+            number, experiment, replica = _enter(context, spec)
+        except _MissingError:
+            record = _fetch(context, RunSpec.from_json(spec).mask, greeting)
+            if record is not None:
+                return Message(RecordDict({RECORD: record}), reply_to=message)
+            number, experiment, replica = _enter(context, spec)
         record = ConfigRecord(dataclasses.asdict(experiment.worker(number, replica).hello()))
         context.state[RECORD] = ConfigRecord({"spec": spec})
     except Exception as error:

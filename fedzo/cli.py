@@ -158,20 +158,22 @@ def _shown(name: str, value: Any) -> str:
 def _go(folder: Any, config: Any, quiet: bool, as_json: bool, new: bool = False) -> None:
     """Runs a folder's run to its end in this process and prints its figures; `new`: makes the folder first."""
     from fedzo import engine
-    from fedzo.experiment import Experiment
+    from fedzo.experiment import Experiment, open_experiment
     from fedzo.federation.ledger import Ledger
     from fedzo.run_folder import RunFolder
 
     silent = quiet or as_json
     with _loading(silent, "loading model and data"):
-        experiment = Experiment(config)
-        experiment.spec()
-        if new:  # not before model, data and partition are there: a mistake in them leaves no folder
-            folder = RunFolder.create(folder.path, config)
         done = sent = 0
         if folder.ledger.exists():
             with Ledger(folder.ledger) as ledger:
+                experiment = open_experiment(config, ledger)
                 done, sent = ledger.rounds, sum(summary["bytes_up"] for summary in ledger.summaries())
+        else:
+            experiment = Experiment(config)
+        experiment.spec()
+        if new:  # not before model, data and partition are there: a mistake in them leaves no folder
+            folder = RunFolder.create(folder.path, config)
     try:
         if silent:
             ledger = engine.run(experiment, folder)
@@ -298,7 +300,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run's model after a round, by replaying its ledger."""
     from fedzo import engine
-    from fedzo.experiment import Experiment
+    from fedzo.experiment import open_experiment
     from fedzo.federation.coordinator import replay as replay_ledger
 
     if split not in ("validation", "test"):
@@ -307,7 +309,7 @@ def evaluate(
     with ledger:
         rounds = engine.choose_round(ledger, round_)
         with _loading(as_json, "replaying and evaluating"):
-            experiment = Experiment(folder.load_config())
+            experiment = open_experiment(folder.load_config(), ledger)
             engine.check_same(ledger, experiment)
             replica = experiment.replica(ledger.spec)
             replay_ledger(ledger, replica, rounds)
@@ -349,13 +351,13 @@ def verify(
 ) -> None:
     """Re-hash a ledger and re-replay it; says the first bad round."""
     from fedzo.engine import check_same
-    from fedzo.experiment import Experiment
+    from fedzo.experiment import open_experiment
     from fedzo.report import verify as verify_ledger
 
     folder, ledger = _open(run)
     with ledger:
         with _loading(as_json, "verifying"):
-            experiment = None if chain_only else Experiment(folder.load_config())
+            experiment = None if chain_only else open_experiment(folder.load_config(), ledger)
             if experiment is not None:
                 check_same(ledger, experiment)
             compared = verify_ledger(ledger, experiment)

@@ -237,8 +237,8 @@ class Config(Section):
         if self.space.theta_dtype == "bfloat16":
             if self.space.kind != "full":
                 raise ValueError(
-                    f'space.theta_dtype = "bfloat16" needs space.kind = "full", found "{self.space.kind}": a mask or an '
-                    "adapter is small, keep it in float32"
+                    f'space.theta_dtype = "bfloat16" needs space.kind = "full", found "{self.space.kind}": a mask or '
+                    "an adapter is small, keep it in float32"
                 )
             if federation.seeds == "pool":
                 raise ValueError(

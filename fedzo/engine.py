@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from typing import Protocol
 
+from fedzo.config import Config
 from fedzo.errors import LedgerError, RunError
 from fedzo.evaluation import Evaluator
 from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import Coordinator, RoundSummary
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.messages import Plan, decode
+from fedzo.federation.replica import Replica
+from fedzo.federation.spec import RunSpec
 from fedzo.federation.worker import Worker
 from fedzo.run_folder import MetricsLog, RunFolder
 
@@ -41,19 +44,47 @@ def answer(worker: Worker, evaluator: Evaluator, plan: bytes) -> bytes:
         return reply
 
 
-def in_process(experiment: Experiment, coordinator: Coordinator) -> Exchange:
-    """The transport of one process: all workers share the loaded model and one replica, apart from the server's.
+class Bases:
+    """What a process keeps of a run for its clients: for each distinct base a model, and a replica of theta.
 
-    Every plan and answer crosses as bytes, as it would on a wire.
+    Args:
+        config: the run's; says which client is on which base.
+        first: makes the first experiment from a client's configuration; the others share its data.
     """
-    replica = experiment.replica(coordinator.spec)
-    workers = {number: experiment.worker(number, replica) for number in range(coordinator.spec.clients)}
-    for worker in workers.values():
-        coordinator.admit(worker.hello())
+
+    def __init__(self, config: Config, spec: RunSpec, first: Callable[[Config], Experiment]) -> None:
+        self._config, self._spec, self._first = config, spec, first
+        self.kept: dict[str, tuple[Experiment, Replica]] = {}
+
+    def of(self, client: int) -> tuple[Experiment, Replica]:
+        """Those of a client; made when first asked for."""
+        config = self._config.for_client(client)
+        base = config.model.quantisation
+        if base not in self.kept:
+            some = next(iter(self.kept.values()), None)
+            experiment = self._first(config) if some is None else some[0].on_base(base)
+            self.kept[base] = experiment, experiment.replica(self._spec)
+        return self.kept[base]
+
+
+def in_process(experiment: Experiment, coordinator: Coordinator) -> Exchange:
+    """The transport of one process: workers on the same base share its model and a replica, apart from the server's.
+
+    Every plan and answer crosses as bytes, as it would on a wire. Workers are handed the mask, and its bytes counted.
+    """
+    spec = coordinator.spec
+    bases = Bases(experiment.config, spec, lambda config: experiment.on_base(config.model.quantisation))
+    workers: dict[int, tuple[Worker, Evaluator]] = {}
+    for number in range(spec.clients):
+        party, replica = bases.of(number)
+        workers[number] = party.worker(number, replica), party.evaluator
+        coordinator.admit(workers[number][0].hello())
+        if party.mask is not None and coordinator.ledger.rounds == 0:
+            coordinator.sent_artifact(len(experiment.artifacts[spec.mask]))
 
     def exchange(parcels: Sequence[Parcel]) -> Iterable[Parcel]:
         for number, plan in parcels:
-            yield number, answer(workers[number], experiment.evaluator, plan)
+            yield number, answer(*workers[number], plan)
 
     return exchange
 
@@ -104,13 +135,13 @@ def run_rounds(
 
 def start(folder: RunFolder, experiment: Experiment) -> Ledger:
     """A new ledger for an experiment."""
-    spec = experiment.spec()
-    return Ledger.create(folder.ledger, spec, {spec.initial: experiment.initial} if spec.initial else None)
+    return Ledger.create(folder.ledger, experiment.spec(), experiment.artifacts)
 
 
 # What the hashes in a ledger's header stand for.
 _MEANING = {
     "fingerprint": "fingerprint (of the base model)",
+    "mask": "mask (SHA-256 of its artifact)",
     "space_hash": "space_hash (of the trainable parameters)",
     "experiment": "experiment (hash of seed, model, space, task and data in config.toml)",
 }

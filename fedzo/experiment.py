@@ -1,8 +1,12 @@
 """A configuration made concrete: base model, space, task, clients' data. Both engines and both sides start here."""
 
+import hashlib
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,15 +14,21 @@ import torch
 from torch import Tensor
 
 from fedzo import spaces
-from fedzo.config import Config
-from fedzo.errors import ConfigError, DataError
-from fedzo.evaluation import Evaluator, losses_from_scores
+from fedzo.config import Config, Quantisation
+from fedzo.errors import ConfigError, DataError, SpaceError
+from fedzo.evaluation import Batch, Evaluator, losses_from_scores
 from fedzo.federation.artifact import artifact_name, pack_values
+from fedzo.federation.ledger import Ledger
+from fedzo.federation.randomness import choose, derive
 from fedzo.federation.replica import Replica, theta_digest
 from fedzo.federation.spec import PROTOCOL, RunSpec
 from fedzo.federation.worker import Worker
 from fedzo.models import EncoderClassifier, LoadedModel, add_adapter, add_head, load_model
-from fedzo.spaces import TrainableSpace
+from fedzo.quantisation import COMPUTE_DTYPES, quantise
+from fedzo.sensitivity import forward_mask, sensitive_mask, text_batches
+from fedzo.spaces import Mask, TrainableSpace
+from fedzo.spaces.space import shape_of
+from fedzo.spaces.sparse import DRAWN
 from fedzo.tasks import EncodedDataset, Example, Splits, Task, build_task, load_splits, metrics, partition
 
 
@@ -37,12 +47,12 @@ def choose_device(name: str) -> str:
     return name
 
 
-def prepare_model(config: Config, task_of: Callable[[LoadedModel], Task]) -> tuple[LoadedModel, Task]:
-    """Base model with the head or adapter that the configuration asks for, and the task over its tokenizer."""
-    section, space = config.model, config.space
-    loaded = load_model(
-        section.source, section.kind, device=choose_device(config.runtime.device), revision=section.revision or None
-    )
+def load_base(
+    config: Config, task_of: Callable[[LoadedModel], Task], dtype: torch.dtype | None
+) -> tuple[LoadedModel, Task]:
+    """The unquantised base model on the CPU, an encoder with its head, and the task over its tokenizer."""
+    section = config.model
+    loaded = load_model(section.source, section.kind, revision=section.revision or None, dtype=dtype)
     task = task_of(loaded)
     if section.kind == "encoder":
         if task.num_labels is None:
@@ -51,48 +61,140 @@ def prepare_model(config: Config, task_of: Callable[[LoadedModel], Task]) -> tup
         loaded = add_head(
             loaded, task.num_labels, texts, scale=section.head_scale, pooling=section.pooling, seed=config.seed
         )  # fmt: skip
+    return loaded, task
+
+
+def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[LoadedModel, TrainableSpace]:
+    """Quantises a base model, puts the adapter on it and moves it to its device; its trainable space.
+
+    The initial values of theta come from the unquantised base, whatever this party's base is.
+
+    Raises:
+        SpaceError: the mask or the patterns do not fit the model, or a full space holds a quantised weight.
+    """
+    section, space, device = config.model, config.space, choose_device(config.runtime.device)
+    if mask is not None:
+        mask.check(loaded.model, loaded.fingerprint)
+    exact: dict[str, Tensor] = {}
+    if space.kind == "full" and section.compute_dtype != "float32":
+        names = {s.name for s in spaces.full(loaded.model, space.include, space.exclude).segments}
+        exact = {name: p.detach().float().clone() for name, p in loaded.model.named_parameters() if name in names}
+    masked = {entry.name: entry.indices for entry in mask.entries} if mask is not None else {}
+    compute = COMPUTE_DTYPES[section.compute_dtype]
+    quantise(loaded.model, section.quantisation, compute_dtype=compute, masked=masked, device=device)
     if space.kind == "adapter":
         loaded = add_adapter(
             loaded, space.adapter, rank=space.rank, alpha=space.alpha, virtual_tokens=space.virtual_tokens,
             target_modules=space.targets, seed=config.seed,
         )  # fmt: skip
-    return loaded, task
+        loaded.model.to(device)
+        return loaded, spaces.adapter(loaded.model)
+    if mask is not None:
+        return loaded, spaces.sparse(loaded.model, mask, dense=loaded.new_parameters)
+    built = spaces.full(loaded.model, space.include, space.exclude)
+    if exact:
+        segments = tuple(replace(s, values=exact[s.name].reshape(-1)) for s in built.segments)
+        built = replace(built, segments=segments)
+    if space.theta_dtype == "bfloat16":
+        for parameter in built.parameters(loaded.model).values():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return loaded, built
 
 
-def build_space(config: Config, loaded: LoadedModel) -> TrainableSpace:
-    """The trainable space of a prepared model."""
-    section = config.space
-    if section.kind == "full":
-        return spaces.full(loaded.model, section.include, section.exclude)
-    if section.kind == "adapter":
-        return spaces.adapter(loaded.model)
-    new = loaded.new_parameters
-    if section.mask in spaces.METHODS:
-        mask = spaces.draw_mask(
-            loaded.model, section.density, section.mask, loaded.fingerprint, seed=config.seed,
-            include=section.include, exclude=(*section.exclude, *new), per_tensor=section.per_tensor,
-        )  # fmt: skip
-    else:
-        mask = spaces.Mask.load(Path(section.mask))
-        mask.check(loaded.model, loaded.fingerprint)
-    return spaces.sparse(loaded.model, mask, dense=new)
+def open_experiment(config: Config, ledger: Ledger) -> "Experiment":
+    """The experiment of a ledger: its mask is the one that the ledger keeps, and never made again.
+
+    Raises:
+        LedgerError: the mask in the ledger is damaged.
+    """
+    if not ledger.spec.mask:
+        return Experiment(config)
+    return Experiment(config, Mask.from_bytes(ledger.artifact(ledger.spec.mask), f"the mask in {ledger.path}"))
 
 
 class Experiment:
     """Everything that a run needs besides its ledger. Parts are made when first used.
 
+    Args:
+        mask: the run's mask, for a sparse space; None: it is made, or read from the file that the configuration names.
+
     Raises:
         ConfigError, DataError, ModelError, SpaceError: from whatever part cannot be made.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, mask: Mask | None = None) -> None:
         self.config = config
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
-        self.loaded, self.task = prepare_model(config, self._task)
-        self.space = build_space(config, self.loaded)
-        self.evaluator = Evaluator(self.loaded.model, self.space)
+        calibrated = config.space.kind == "sparse" and mask is None and config.space.mask not in DRAWN
+        lean = not calibrated and (config.model.quantisation != "none" or config.space.theta_dtype == "bfloat16")
+        base, self.task = load_base(config, self._task, None if lean else torch.float32)
+        self.mask = self._choose_mask(base, mask) if config.space.kind == "sparse" else None
+        self.loaded, self.space = prepare(config, base, self.mask)
+        self.evaluator = Evaluator(
+            self.loaded.model, self.space, config.runtime.evaluation, COMPUTE_DTYPES[config.model.compute_dtype]
+        )  # fmt: skip
         self._clients: dict[int, EncodedDataset] = {}
+
+    def on_base(self, quantisation: Quantisation) -> "Experiment":
+        """The same experiment over another quantisation of the base; mask, splits and partition are shared."""
+        if quantisation == self.config.model.quantisation:
+            return self
+        other = Experiment(self.config.on_base(quantisation), self.mask)
+        other.splits, other._train, other._parts = self.splits, self._train, self._parts
+        if self._frozen_encoder is None:
+            other._clients = self._clients
+        return other
+
+    def _choose_mask(self, base: LoadedModel, given: Mask | None) -> Mask:
+        """The given mask, the one of a file, or a new one of the unquantised base.
+
+        Raises:
+            SpaceError: the configuration names a file that holds another mask than the given one.
+        """
+        section = self.config.space
+        if section.mask not in spaces.METHODS:
+            if given is not None and not Path(section.mask).exists():
+                return given  # a run's configuration may name a file of another machine
+            named = Mask.load(section.mask)
+            if given is not None and named.hash != given.hash:
+                raise SpaceError(
+                    f"mask file {section.mask} holds the mask {named.hash[:12]}, the run's is {given.hash[:12]}: set "
+                    f'space.mask to the run\'s own, or to "{given.method}"'
+                )
+            return named
+        if given is not None:
+            return given
+        chosen: dict[str, Any] = {
+            "include": section.include,
+            "exclude": (*section.exclude, *base.new_parameters),
+            "per_tensor": section.per_tensor,
+        }
+        seed, model = self.config.seed, base.model
+        if section.mask in DRAWN:
+            return spaces.draw_mask(model, section.density, section.mask, base.fingerprint, seed=seed, **chosen)
+        batches, calibration = self._calibration(base)
+        model.to(choose_device(self.config.runtime.device))
+        if section.mask == "forward":
+            chosen["seed"] = seed
+        make = forward_mask if section.mask == "forward" else sensitive_mask
+        return make(model, batches, section.density, base.fingerprint, settings=calibration, **chosen)
+
+    def _calibration(self, base: LoadedModel) -> tuple[list[Batch], dict[str, Any]]:
+        """What a mask is made from: blocks of a text, or training examples that the seed chooses."""
+        section, seed = self.config.space, self.config.seed
+        if section.calibration:
+            path = Path(section.calibration)
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"calibration text {path} cannot be read: {error}") from None
+            length, examples = self.config.model.max_length, section.calibration_examples
+            batches = text_batches(base, text, length=length, examples=examples, seed=seed)
+            return batches, {"text": hashlib.sha256(text.encode()).hexdigest(), "examples": examples, "length": length}
+        chosen = choose(derive(seed, "calibration"), len(self._train), section.calibration_examples)
+        data = EncodedDataset(self.task, [self._train[i] for i in chosen])
+        return [data.batch([i]) for i in range(len(data))], {"task": self.task.name, "examples": len(data)}
 
     def _task(self, loaded: LoadedModel) -> Task:
         section = self.config.task
@@ -167,8 +269,8 @@ class Experiment:
         return self._encode(self.task.prepare(self.splits.test)) if self.splits.test else None
 
     def theta0(self) -> Tensor:
-        """theta before the first step, float32 [size], a new tensor each time."""
-        return self.space.theta0(self.loaded.model)
+        """theta before the first step, [size], a new tensor each time."""
+        return self.space.theta0(self.loaded.model, COMPUTE_DTYPES[self.config.space.theta_dtype])
 
     @cached_property
     def theta0_digest(self) -> str:
@@ -181,19 +283,27 @@ class Experiment:
         ranges = [(s.offset, s.size) for s in self.space.segments if s.name in new]
         return pack_values(self.theta0(), ranges) if ranges else b""
 
+    @cached_property
+    def artifacts(self) -> dict[str, bytes]:
+        """What the ledger keeps besides the records, by SHA-256: initial values, mask."""
+        kept = [self.initial] if self.initial else []
+        kept += [self.mask.to_bytes()] if self.mask is not None else []
+        return {artifact_name(data): data for data in kept}
+
     def spec(self) -> RunSpec:
         """The header of this experiment's ledger."""
         config, method, federation = self.config, self.config.method, self.config.federation
         return RunSpec(
             protocol=PROTOCOL,
             fingerprint=self.loaded.fingerprint,
-            parameters=sum(p.numel() for p in self.loaded.model.parameters()),
+            parameters=sum(math.prod(shape_of(p)) for p in self.loaded.model.parameters()),
             space=self.space.kind,
             space_hash=self.space.hash,
             size=self.space.size,
-            theta_dtype="float32",
+            theta_dtype=config.space.theta_dtype,
             theta0=self.theta0_digest,
             initial=artifact_name(self.initial) if self.initial else "",
+            mask=self.mask.hash if self.mask is not None else "",
             family=method.directions,
             estimator=method.estimator,
             eps=method.eps,
@@ -225,7 +335,10 @@ class Experiment:
     def worker(self, number: int, replica: Replica) -> Worker:
         """The worker of a client over this process's model."""
         return Worker(
-            number, replica, self.client_data(number), self.loaded.fingerprint, self.space.hash, self.theta0_digest
+            number, replica, self.client_data(number), fingerprint=self.loaded.fingerprint,
+            mask=self.mask.hash if self.mask is not None else "", space_hash=self.space.hash,
+            theta0=self.theta0_digest, theta_dtype=self.config.space.theta_dtype,
+            quantisation=self.config.model.quantisation, compute_dtype=self.config.model.compute_dtype,
         )  # fmt: skip
 
     def evaluate(self, theta: Tensor, data: EncodedDataset) -> dict[str, float]:

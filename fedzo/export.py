@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedzo.config import Config, flatten, from_flat, to_toml
 from fedzo.engine import check_same
 from fedzo.errors import ConfigError, ModelError, RunError, SpaceError
-from fedzo.experiment import Experiment
+from fedzo.experiment import open_experiment
 from fedzo.federation.coordinator import replay
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.replica import theta_digest
@@ -87,7 +87,7 @@ def export(
     form = form or default_form(config)
     _check(config, directory, form, dtype)
     whole = config.model.model_copy(update={"quantisation": "none", "compute_dtype": "float32"})
-    experiment = Experiment(config.model_copy(update={"model": whole}))
+    experiment = open_experiment(config.model_copy(update={"model": whole}), ledger)
     check_same(ledger, experiment)
     replica = experiment.replica(ledger.spec)
     replay(ledger, replica, rounds)

@@ -1,7 +1,7 @@
 """What a run is and did: its figures, its verification, its plots."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,10 +66,13 @@ def summarise(ledger: Ledger) -> dict[str, Any]:
         "accepted": sum(summary["accepted"] for summary in rounds),
         "dropped": dict(sorted(dropped.items())),
     }
+    if members := ledger.members():
+        figures["bases"] = dict(sorted(Counter(_base(member) for member in members.values()).items()))
     if rounds:
         figures |= {
             "bytes_up_per_client": round(sent.up[-1]),
             "bytes_down_per_client": round(sent.down[-1]),
+            "artifact_bytes": sum(summary["artifact_bytes"] for summary in rounds),
             "weights_up_per_client": round(sent.weights_up[-1]),
             "model_up_per_client": round(sent.model_up[-1]),
         }
@@ -85,6 +88,12 @@ def summarise(ledger: Ledger) -> dict[str, Any]:
     return figures
 
 
+def _base(member: Mapping[str, Any]) -> str:
+    """ "nf4", and "nf4 in bfloat16" where that is not float32."""
+    dtype = "" if member["compute_dtype"] == "float32" else f" in {member['compute_dtype']}"
+    return f"{member['quantisation']}{dtype}"
+
+
 def verify(ledger: Ledger, experiment: Experiment | None, progress: Callable[[int], None] = lambda _: None) -> int:
     """Re-hashes a ledger and, given the base model, replays it and compares every recorded digest of theta.
 
@@ -93,6 +102,8 @@ def verify(ledger: Ledger, experiment: Experiment | None, progress: Callable[[in
     Raises:
         LedgerError: names the first bad round.
     """
+    for name in filter(None, (ledger.spec.initial, ledger.spec.mask)):
+        ledger.artifact(name)
     replica = None
     if experiment is not None:
         replica = experiment.replica(ledger.spec)

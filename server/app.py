@@ -15,13 +15,15 @@ from flwr.serverapp import Grid, ServerApp
 from fedzo.config import from_flat
 from fedzo.engine import Exchange, Parcel, run
 from fedzo.errors import ProtocolError, RunError
-from fedzo.experiment import Experiment
+from fedzo.experiment import Experiment, open_experiment
 from fedzo.federation.coordinator import Coordinator, RoundSummary
+from fedzo.federation.ledger import Ledger
 from fedzo.federation.messages import Hello
 from fedzo.run_folder import RunFolder, new_run_path
 from fedzo.runtime import keep_memory
 
 RECORD = "fedzo"  # the one record of every message
+PART = 8 * 2**20  # bytes of an artifact in one message
 PATIENCE = 10.0  # seconds without a new node after which the server stops waiting for more
 
 app = ServerApp()
@@ -114,6 +116,19 @@ def _read_hello(record: ConfigRecord) -> Hello:
     return hello
 
 
+def _part(coordinator: Coordinator, record: ConfigRecord, given: int) -> ConfigRecord:
+    """The greeting again, with the part of the run's mask that a node asks for: always the one after the last."""
+    spec = coordinator.spec
+    if record["wants"] != spec.mask or not spec.mask or record.get("offset") != given:
+        raise ProtocolError(f"a node asked for something else than the run's mask from byte {given}")
+    data = coordinator.ledger.artifact(spec.mask)
+    if given >= len(data):
+        raise ProtocolError("a node asked for more of the run's mask than there is")
+    return ConfigRecord(
+        {"spec": spec.to_json(), "offset": given, "size": len(data), "data": data[given : given + PART]}
+    )
+
+
 def register(grid: Grid, coordinator: Coordinator, timeout: float) -> dict[int, int]:
     """Greets every node and registers those that match; client -> node id.
 
@@ -121,19 +136,29 @@ def register(grid: Grid, coordinator: Coordinator, timeout: float) -> dict[int, 
         RunError: fewer clients than the quorum match.
     """
     spec = coordinator.spec
-    greeting = {node: ConfigRecord({"spec": spec.to_json()}) for node in wait_for_nodes(grid, spec.clients)}
+    greetings = {node: ConfigRecord({"spec": spec.to_json()}) for node in wait_for_nodes(grid, spec.clients)}
     nodes: dict[int, int] = {}
+    given: dict[int, int] = {}  # node -> bytes of the mask that it was sent
     why = ""
-    for node, record in converse(grid, "query", greeting, timeout):
-        try:
-            hello = _read_hello(record)
-            if hello.client in nodes:
-                raise ProtocolError(f"client {hello.client} refused: another node is that client already")
-            coordinator.admit(hello)
-            nodes[hello.client] = node
-        except ProtocolError as error:
-            why = why or f": {error}"
-            say(str(error))
+    while greetings:
+        parts: dict[int, ConfigRecord] = {}
+        for node, record in converse(grid, "query", greetings, timeout):
+            try:
+                if "wants" in record:
+                    parts[node] = _part(coordinator, record, given.get(node, 0))
+                    sent = len(parts[node]["data"])  # type: ignore[arg-type]
+                    given[node] = given.get(node, 0) + sent
+                    coordinator.sent_artifact(sent)
+                    continue
+                hello = _read_hello(record)
+                if hello.client in nodes:
+                    raise ProtocolError(f"client {hello.client} refused: another node is that client already")
+                coordinator.admit(hello)
+                nodes[hello.client] = node
+            except ProtocolError as error:
+                why = why or f": {error}"
+                say(str(error))
+        greetings = parts
     if len(nodes) < max(1, spec.quorum):
         raise RunError(f"{len(nodes)} of {spec.clients} clients could be registered, wanted {max(1, spec.quorum)}{why}")
     say(f"{len(nodes)} of {spec.clients} clients registered")
@@ -163,12 +188,17 @@ def main(grid: Grid, context: Context) -> None:
     config = from_flat(flat, "the run-config").resolved()
     wait_for_nodes(grid, config.data.clients)  # before anything is loaded or written
     path = (Path(out) if out else new_run_path(config)).resolve()
-    folder = RunFolder(path) if RunFolder(path).ledger.exists() else RunFolder.create(path, config)
+    if RunFolder(path).ledger.exists():
+        folder = RunFolder(path)
+        with Ledger(folder.ledger) as begun:
+            experiment = open_experiment(config, begun)
+    else:
+        folder, experiment = RunFolder.create(path, config), Experiment(config)
     say(f"run folder {path}")
 
     timeout = config.runtime.round_timeout
     with run(
-        Experiment(config),
+        experiment,
         folder,
         [Progress(config.federation.rounds)],
         lambda _, coordinator: connect(grid, coordinator, timeout),

@@ -125,8 +125,8 @@ def test_a_round_leaves_the_replica_as_it_was(tmp_path: Path) -> None:
 
     sent = contribution(answer(worker, plan.to_bytes(), watched))
     assert theta_digest(worker.replica.theta).hex() == run.coordinator.spec.theta0
-    assert sent.scalars.shape == (4, 3) and len(seen) == 12
-    assert [request.seed for request in seen] == plan.seeds.ravel().tolist()
+    assert sent.scalars.shape == (4, 3) and len(seen) == 4
+    assert [request.seeds for request in seen] == [tuple(seeds) for seeds in plan.seeds.tolist()]
     # The client's own steps: what its records alone would have done.
     alone = theta0()
     rule = run.coordinator.spec.build_rule().local()
@@ -292,7 +292,7 @@ def test_a_client_that_diverges_fails_alone(tmp_path: Path, value: float, local_
         data = answer(
             run.workers[plan.client],
             plan.to_bytes(),
-            (lambda request: torch.full((2, len(request.batch)), value)) if broken else losses,
+            (lambda request: torch.full((len(request.seeds), 2, len(request.batch)), value)) if broken else losses,
         )
         run.coordinator.receive(plan.client, data)
     summary = run.coordinator.close_round()
@@ -329,8 +329,9 @@ def test_a_replica_refuses_catch_ups_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"protocol": 2}, "protocol is 2, the run's is 1"),
+        ({"protocol": 1}, "protocol is 1, the run's is 2"),
         ({"fingerprint": "a"}, "fingerprint is 'a'"),
+        ({"mask": "a"}, "mask is 'a'"),
         ({"space_hash": "a"}, "space_hash"),
         ({"family": "gaussian"}, "family is 'gaussian'"),
         ({"theta_dtype": "bfloat16"}, "theta_dtype"),
@@ -339,6 +340,8 @@ def test_a_replica_refuses_catch_ups_that_do_not_fit() -> None:
         ({"client": -1}, "clients 0 to 3"),
         ({"examples": 0}, "states 0 examples"),
         ({"examples": 2**32}, "examples"),
+        ({"quantisation": "nf4\n"}, "quantisation is 'nf4.*wanted a name"),
+        ({"compute_dtype": 32}, "compute_dtype is '32'"),
     ],
 )
 def test_the_handshake_names_the_field_that_differs(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -347,6 +350,37 @@ def test_the_handshake_names_the_field_that_differs(tmp_path: Path, change: dict
     with pytest.raises(ProtocolError, match=message):
         run.coordinator.admit(hello)
     assert not run.coordinator.members
+    run.join(0)
+    run.round()
+    assert list(run.ledger.members()) == [0]
+
+
+def test_what_may_differ_is_recorded_for_each_client(tmp_path: Path) -> None:
+    run = start(tmp_path, make_spec(), clients=[])
+    for client, quantisation in enumerate(("nf4", "none", "int8")):
+        hello = make_worker(run.coordinator.spec, client).hello()
+        run.workers[client] = make_worker(run.coordinator.spec, client)
+        run.coordinator.admit(dataclasses.replace(hello, quantisation=quantisation, compute_dtype="bfloat16"))
+    assert run.ledger.members() == {}
+    head = run.finish()
+    members = run.ledger.members()
+    assert members[2] == {"quantisation": "int8", "compute_dtype": "bfloat16", "examples": 10}
+    assert [members[client]["quantisation"] for client in members] == ["nf4", "none", "int8"]
+    run.ledger.close()
+    again = start(tmp_path, make_spec(), clients=[0])  # a client may come back on another base
+    again.ledger.record_members({1: {"quantisation": "fp4", "compute_dtype": "float32", "examples": 9}})
+    assert again.ledger.members()[1]["quantisation"] == "fp4" and len(again.ledger.members()) == 3
+    assert again.ledger.head == head == start(tmp_path / "plain", make_spec(), clients=range(3)).finish()
+
+
+def test_artifacts_are_counted_in_the_next_round(tmp_path: Path) -> None:
+    run = start(tmp_path, make_spec())
+    run.coordinator.sent_artifact(1000)
+    run.coordinator.sent_artifact(24)
+    first, second = run.round(), run.round()
+    plans = [sum(len(run.plans[round_, client][0].to_bytes()) for client in range(4)) for round_ in range(2)]
+    assert (first.artifact_bytes, first.bytes_down) == (1024, plans[0] + 1024)
+    assert (second.artifact_bytes, second.bytes_down) == (0, plans[1])
 
 
 # -- wrong contributions
@@ -391,7 +425,7 @@ WRONG = {
     "cut": ("malformed", lambda d: [d.to_bytes()[:-1]]),
     "one byte more": ("malformed", lambda d: [d.to_bytes() + b"\0"]),
     "huge": ("malformed", lambda d: [d.to_bytes() + bytes(100_000)]),
-    "another version": ("malformed", lambda d: [d.to_bytes()[:2] + b"\2" + d.to_bytes()[3:]]),
+    "another version": ("malformed", lambda d: [d.to_bytes()[:2] + b"\1" + d.to_bytes()[3:]]),
     "a plan": ("malformed", lambda d: [_plan(d)]),
     "behind without reason": ("behind", lambda d: [Behind(d.run_id, d.round, d.client, d.round).to_bytes()]),
     "behind the future": ("behind", lambda d: [Behind(d.run_id, d.round, d.client, 2**32 - 1).to_bytes()]),

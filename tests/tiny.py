@@ -39,7 +39,7 @@ def make_spec(**changes: Any) -> RunSpec:
     size = changes.get("size", SIZE)
     values: dict[str, Any] = {
         "protocol": PROTOCOL, "fingerprint": "f" * 64, "parameters": size, "space": "full", "space_hash": "5" * 64,
-        "size": size, "theta_dtype": "float32", "theta0": theta_digest(theta0(size)).hex(), "initial": "",
+        "size": size, "theta_dtype": "float32", "theta0": theta_digest(theta0(size)).hex(), "initial": "", "mask": "",
         "family": "rademacher", "estimator": "two-point", "eps": 1e-2, "queries": 3, "batch_size": 5,
         "optimizer": "sgd", "learning_rate": 0.24 / size, "schedule": "cosine", "warmup_steps": 1, "rounds": 6,
         "local_steps": 1, "seed": 7, "seeds": "shared", "pool_size": 16, "clients": 4, "clients_per_round": 0,
@@ -78,12 +78,13 @@ class Rows:
 
 
 def losses(request: LossRequest) -> Tensor:
-    """float32 [len(offsets), B] at theta + a z."""
+    """float32 [len(seeds), len(offsets), B] at theta + a z."""
     rows = []
-    for a in request.offsets:
-        point = directions.axpy(request.theta, request.seed, a, request.family, out=torch.empty_like(request.theta))
-        rows.append(0.5 * ((request.batch.inputs["x"] * point).sum(1) - request.batch.inputs["y"]) ** 2)
-    return torch.stack(rows)
+    for seed in request.seeds:
+        for a in request.offsets:
+            point = directions.axpy(request.theta, seed, a, request.family, out=torch.empty_like(request.theta))
+            rows.append(0.5 * ((request.batch.inputs["x"] * point).sum(1) - request.batch.inputs["y"]) ** 2)
+    return torch.stack(rows).view(len(request.seeds), len(request.offsets), -1)
 
 
 def mean_loss(theta: Tensor, clients: int = 4) -> float:
@@ -110,7 +111,10 @@ def make_worker(spec: RunSpec, client: int, load: Load | None = None) -> Worker:
     """A worker with a replica of its own; `load` makes its theta0."""
     made = load or (lambda: theta0(spec.size))
     digest = theta_digest(made()).hex()
-    return Worker(client, Replica(spec, made), Rows(client, spec.size), spec.fingerprint, spec.space_hash, digest)
+    return Worker(
+        client, Replica(spec, made), Rows(client, spec.size), fingerprint=spec.fingerprint, mask=spec.mask,
+        space_hash=spec.space_hash, theta0=digest,
+    )  # fmt: skip
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The server's side of the protocol: samples clients, checks what they answer, commits rounds. Knows no transport."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class RoundSummary:
         dropped: reason -> contributions dropped.
         loss: mean of the accepted clients' losses, None when the round missed its quorum.
         bytes_down, bytes_up: payload to and from all clients.
+        artifact_bytes: the part of bytes_down that was artifacts, sent to clients since the round before.
         scalars: records written.
         max_scalar: largest magnitude among them.
     """
@@ -64,6 +66,7 @@ class RoundSummary:
     loss: float | None
     bytes_down: int
     bytes_up: int
+    artifact_bytes: int
     scalars: int
     max_scalar: float
 
@@ -80,6 +83,7 @@ class _Open:
     dropped: Counter[str] = field(default_factory=Counter)
     bytes_down: int = 0
     bytes_up: int = 0
+    artifact_bytes: int = 0
 
 
 class Coordinator:
@@ -100,6 +104,8 @@ class Coordinator:
         self.members: dict[int, Member] = {}
         self._open: _Open | None = None
         self._tails: dict[int, CatchUp] = {}
+        self._greeted: dict[int, Hello] = {}  # not yet recorded in the ledger
+        self._artifact_bytes = 0
         replay(ledger, replica)
         self._sizes = [0]  # bytes of the records of the first 0, 1, ... rounds
         for entry in ledger.read():
@@ -110,7 +116,7 @@ class Coordinator:
         return self.ledger.rounds >= self.spec.rounds
 
     def admit(self, hello: Hello) -> None:
-        """Registers a client.
+        """Registers a client. What may differ (its base's quantisation and compute dtype) is recorded in the ledger.
 
         Raises:
             ProtocolError: a field differs that must be equal; the message names it.
@@ -118,6 +124,7 @@ class Coordinator:
         for name, wanted in (
             ("protocol", PROTOCOL),
             ("fingerprint", self.spec.fingerprint),
+            ("mask", self.spec.mask),
             ("space_hash", self.spec.space_hash),
             ("family", self.spec.family),
             ("theta_dtype", self.spec.theta_dtype),
@@ -131,18 +138,35 @@ class Coordinator:
             raise ProtocolError(
                 f"client {hello.client} refused: it states {hello.examples} examples, wanted 1 to {2**32 - 1}"
             )
+        for name in ("quantisation", "compute_dtype"):
+            found = getattr(hello, name)
+            if not isinstance(found, str) or not re.fullmatch(r"[a-z0-9-]{1,16}", found):
+                raise ProtocolError(f"client {hello.client} refused: its {name} is {str(found)[:32]!r}, wanted a name")
         differs = hello.theta0 != self.spec.theta0
         if differs and not self.spec.initial:
             raise ProtocolError(
                 f"client {hello.client} refused: its theta0 is {hello.theta0!r}, the run's is {self.spec.theta0!r}"
             )
         self.members[hello.client] = Member(hello.examples, needs_initial=differs)
+        self._greeted[hello.client] = hello
+
+    def sent_artifact(self, size: int) -> None:
+        """Counts bytes of an artifact that the transport brought to a client."""
+        self._artifact_bytes += size
 
     def open_round(self) -> list[Plan]:
         """Samples clients among the registered ones and makes their plans; an earlier unfinished round is forgotten."""
         spec, round_ = self.spec, self.ledger.rounds
         if self.finished:
             raise ProtocolError(f"the run has all its {spec.rounds} rounds")
+        if self._greeted:
+            self.ledger.record_members(
+                {
+                    client: {"quantisation": h.quantisation, "compute_dtype": h.compute_dtype, "examples": h.examples}
+                    for client, h in self._greeted.items()
+                }
+            )
+            self._greeted = {}
         place = derive(spec.seed, "sampling", round_)
         # Drawn over all numbers, registered or not, so that an absent client changes nothing for the others.
         if spec.client_rate > 0.0:
@@ -156,7 +180,8 @@ class Coordinator:
         seeds = {
             client: round_seeds(spec.seed, spec.seeds, round_, client, shape, self._pool) for client in sorted(picked)
         }
-        self._open, self._tails = _Open(round_, seeds), {}
+        sent, self._artifact_bytes = self._artifact_bytes, 0
+        self._open, self._tails = _Open(round_, seeds, bytes_down=sent, artifact_bytes=sent), {}
         return [self._plan(client) for client in seeds]
 
     def _plan(self, client: int) -> Plan:
@@ -177,7 +202,7 @@ class Coordinator:
             now = self.ledger.rounds
             if applied == now:
                 caught = CatchUp("none", applied, now)
-            elif self._sizes[now] - self._sizes[applied] > self.replica.rule.snapshot_bytes(self.spec.size):
+            elif self._sizes[now] - self._sizes[applied] > self.replica.rule.snapshot_bytes(self.replica.theta):
                 state = self.replica.rule.snapshot(self.replica.theta, self.replica.state)
                 caught = CatchUp("snapshot", applied, now, snapshot=state)
             else:
@@ -300,6 +325,7 @@ class Coordinator:
             loss=float(np.mean([c.loss for c in contributions])) if contributions else None,
             bytes_down=current.bytes_down,
             bytes_up=current.bytes_up,
+            artifact_bytes=current.artifact_bytes,
             scalars=int(scalars.size),
             max_scalar=float(np.abs(scalars).max()) if scalars.size else 0.0,
         )

@@ -25,6 +25,7 @@ CREATE TABLE rounds (round INTEGER PRIMARY KEY, payload BLOB NOT NULL, hash BLOB
 CREATE TABLE artifacts (hash TEXT PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE evaluations (round INTEGER NOT NULL, split TEXT NOT NULL, metrics TEXT NOT NULL,
                           PRIMARY KEY (round, split));
+CREATE TABLE members (client INTEGER PRIMARY KEY, details TEXT NOT NULL);
 """
 _PAYLOAD = struct.Struct("<IHI32sI")
 NO_DIGEST = bytes(32)
@@ -277,6 +278,27 @@ class Ledger:
         rows = self._all("SELECT round, metrics FROM evaluations WHERE split = ? ORDER BY round", split)
         return {int(round_): self._json(text) for round_, text in rows}
 
+    def record_members(self, members: Mapping[int, Mapping[str, Any]]) -> None:
+        """Keeps what clients said of themselves when they registered last; not hashed."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany(
+                "INSERT OR REPLACE INTO members VALUES (?, ?)",
+                [(client, json.dumps(dict(details))) for client, details in members.items()],
+            )
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._rollback()
+            raise LedgerError(
+                f"the registered clients could not be written to {self.path} ({error}); all {self._rounds} rounds are "
+                "intact: free disk space, then `fedzo resume`"
+            ) from error
+
+    def members(self) -> dict[int, dict[str, Any]]:
+        """Client -> quantisation, compute_dtype and examples, as it registered last."""
+        rows = self._all("SELECT client, details FROM members ORDER BY client")
+        return {int(client): self._json(text) for client, text in rows}
+
     def summaries(self) -> list[dict[str, Any]]:
         """The summaries of all rounds, in order."""
         return [self._json(text) for (text,) in self._all("SELECT summary FROM rounds ORDER BY round")]
@@ -285,7 +307,7 @@ class Ledger:
         try:
             return dict(json.loads(text))
         except (TypeError, ValueError) as error:
-            raise LedgerError(f"{self.path}: a summary or evaluation is damaged; restore it from a copy") from error
+            raise LedgerError(f"{self.path}: a summary, evaluation or member is damaged: restore the file") from error
 
     def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
         rows = self._all(query, *values)

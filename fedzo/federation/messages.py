@@ -27,22 +27,26 @@ _CATCH_UP: tuple[Literal["none", "records", "snapshot"], ...] = ("none", "record
 
 @dataclass(frozen=True)
 class Hello:
-    """What a worker says of itself before a run; everything but the client and its example count must match.
+    """What a worker says of itself before a run.
 
     Attributes:
         client: number of the client, 0 <= client < clients.
         examples: examples that it trains on.
-        protocol, fingerprint, space_hash, theta0, family, theta_dtype: as in RunSpec.
+        protocol, fingerprint, mask, space_hash, theta0, family, theta_dtype: as in RunSpec, and must match it.
+        quantisation, compute_dtype: of its base; may differ from others', and are recorded.
     """
 
     client: int
     examples: int
     protocol: int
     fingerprint: str
+    mask: str
     space_hash: str
     theta0: str
     family: str
     theta_dtype: str
+    quantisation: str
+    compute_dtype: str
 
 
 @dataclass(frozen=True)

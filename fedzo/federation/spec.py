@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from fedzo.errors import LedgerError
 from fedzo.estimators import ESTIMATORS, Estimator
-from fedzo.federation.randomness import pool_seeds
+from fedzo.federation.randomness import derive, pool_seeds
 from fedzo.optimizers import OPTIMIZERS, PoolSGD, Schedule, UpdateRule
 from fedzo.registry import lookup
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 SeedSchedule = Literal["shared", "independent", "pool"]
 SEED_SCHEDULES: tuple[SeedSchedule, ...] = ("shared", "independent", "pool")
@@ -30,6 +30,7 @@ class RunSpec:
         theta0: SHA-256 of theta before the first step.
         initial: SHA-256 of the artifact with the initial values of parameters that the base model does not have
             ("" when there are none).
+        mask: SHA-256 of the artifact with the mask of a sparse space ("" when there is none).
         family, estimator, eps, queries, batch_size: how a step's scalars are made; P = queries.
         optimizer, learning_rate, schedule, warmup_steps: how records move theta.
         rounds, local_steps: length; K = local_steps.
@@ -50,6 +51,7 @@ class RunSpec:
     theta_dtype: str
     theta0: str
     initial: str
+    mask: str
     family: str
     estimator: str
     eps: float
@@ -114,7 +116,8 @@ class RunSpec:
 
     def build_rule(self) -> UpdateRule:
         schedule = Schedule(self.schedule, self.learning_rate, self.rounds * self.local_steps, self.warmup_steps)
-        rule = lookup(OPTIMIZERS, self.optimizer, "optimizer")(schedule, self.queries, self.family)
+        rounding = derive(self.seed, "rounding")
+        rule = lookup(OPTIMIZERS, self.optimizer, "optimizer")(schedule, self.queries, self.family, rounding)
         return PoolSGD(rule, pool_seeds(self.seed, self.pool_size)) if self.seeds == "pool" else rule
 
     def has_digest(self, round_: int) -> bool:

@@ -31,25 +31,37 @@ class Worker:
         client: the client's number.
         replica: theta of this process.
         data: the client's own examples.
-        fingerprint, space_hash, theta0: of this process's base model and space, for the handshake.
+        fingerprint, mask, space_hash, theta0, theta_dtype, quantisation, compute_dtype: of this process's base model
+            and space, for the handshake.
     """
 
     def __init__(
-        self, client: int, replica: Replica, data: Data, fingerprint: str, space_hash: str, theta0: str
+        self,
+        client: int,
+        replica: Replica,
+        data: Data,
+        *,
+        fingerprint: str,
+        space_hash: str,
+        theta0: str,
+        mask: str = "",
+        theta_dtype: str = "float32",
+        quantisation: str = "none",
+        compute_dtype: str = "float32",
     ) -> None:
         self.client = client
         self.replica = replica
         self.data = data
-        spec = replica.spec
         self._hello = Hello(
-            client, len(data), PROTOCOL, fingerprint, space_hash, theta0, spec.family, spec.theta_dtype
+            client, len(data), PROTOCOL, fingerprint, mask, space_hash, theta0, replica.spec.family, theta_dtype,
+            quantisation, compute_dtype,
         )  # fmt: skip
 
     def hello(self) -> Hello:
         return self._hello
 
     def round(self, plan: Plan) -> Generator[LossRequest, Tensor, Contribution | Behind | Failure]:
-        """Does a plan; yields loss requests and is sent losses float32 [len(offsets), B].
+        """Does a plan; yields loss requests and is sent losses float32 [len(seeds), len(offsets), B].
 
         Raises:
             ProtocolError: the plan is another run's or another client's.

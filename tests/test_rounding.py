@@ -1,10 +1,13 @@
 """Stochastic rounding of a bfloat16 theta: the formula in numpy, both implementations, unbiasedness, special values."""
 
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +16,10 @@ from torch import Tensor, nn
 from fedzo import directions
 from fedzo.directions import FAMILIES, numba_cpu, philox, reference
 from fedzo.errors import SpaceError
+from fedzo.federation.artifact import pack_values, unpack_values
+from fedzo.federation.messages import CatchUp
+from fedzo.federation.replica import Replica, theta_digest
+from fedzo.optimizers import Records
 from fedzo.spaces import draw_mask, full, sparse
 
 RNG = np.random.default_rng(3)
@@ -192,6 +199,34 @@ def test_bad_arguments_change_nothing() -> None:
     assert (bits(theta) == before).all()
 
 
+# A replica with a bfloat16 theta
+
+
+def test_digest_of_a_replica_fused_step_by_step_and_from_a_snapshot(tmp_path: Path) -> None:
+    def load() -> Tensor:
+        return tiny.theta0().to(torch.bfloat16)
+
+    spec = tiny.make_spec(theta_dtype="bfloat16", local_steps=2, theta0=theta_digest(load()).hex())
+    records = [Records(2 * i, *some_steps(2, 3, 0.1)) for i in range(6)]
+    fused, stepwise, other = (Replica(spec, load) for _ in range(3))
+    assert fused.digest() == hashlib.sha256(bits(load()).astype("<u2").tobytes()).digest()
+    fused.apply(records)
+    for entry in records:
+        stepwise.apply([entry])
+    assert stepwise.digest() == fused.digest() != other.digest()
+    snapshot = fused.rule.snapshot(fused.theta, fused.state)
+    other.catch_up(CatchUp("snapshot", 0, 6, snapshot=snapshot))
+    assert other.digest() == fused.digest() and len(snapshot) == 2 * spec.size
+    fused.reset()
+    assert fused.digest().hex() == spec.theta0
+
+
+def test_initial_values_cross_in_bfloat16() -> None:
+    theta, other = tiny.theta0().to(torch.bfloat16), tiny.other_theta0().to(torch.bfloat16)
+    unpack_values(pack_values(theta, [(tiny.SIZE - 4, 4)]), other)
+    assert torch.equal(theta, other)
+
+
 # theta as the model's own weights
 
 
@@ -206,6 +241,9 @@ def test_adopted_parameters_are_theta() -> None:
     for parameter in parameters.values():
         assert parameter.dtype == torch.bfloat16 and start <= parameter.data_ptr() < start + size
     assert {p.dtype for name, p in model.named_parameters() if name not in parameters} == {torch.float32}
+    found = space.bound(model)
+    assert found is not None and found.data_ptr() == start and torch.equal(found, theta)
+    assert full(model).bound(model) is None and full(tiny_opt()).bound(tiny_opt()) is None
     theta.zero_()
     assert not any(parameter.any() for parameter in parameters.values())
     assert torch.equal(space.read(model, torch.bfloat16), theta)

@@ -126,6 +126,21 @@ class TrainableSpace:
             parameters[segment.name].data = view
         return theta
 
+    def bound(self, model: nn.Module) -> Tensor | None:
+        """theta when the parameters are views of it, one behind the other, as `bind` and `adopt` leave them."""
+        parameters = self.parameters(model)
+        first = parameters[self.segments[0].name]
+        size = first.element_size()
+        for segment in self.segments:
+            found = parameters[segment.name]
+            place = first.data_ptr() + segment.offset * size
+            if segment.indices is not None or found.data_ptr() != place or found.dtype != first.dtype:
+                return None
+        storage = first.untyped_storage()
+        if storage.data_ptr() != first.data_ptr() or storage.nbytes() != self.size * size:
+            return None
+        return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, (self.size,))
+
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters by segment name.
 

@@ -69,7 +69,7 @@ def plain_loss(model: nn.Module, batch: Batch) -> float:
 
 
 def fedzo_step(evaluator: Evaluator, theta: torch.Tensor, batch: Batch, seed: int) -> None:
-    plus, minus = evaluator.losses(LossRequest(theta, batch, (EPS, -EPS), seed)).mean(1).tolist()
+    plus, minus = evaluator.losses(LossRequest(theta, batch, (EPS, -EPS), (seed,)))[0].mean(1).tolist()
     axpy(theta, seed, -LR * (plus - minus) / (2 * EPS), "rademacher")
 
 

@@ -47,7 +47,7 @@ def test_on_a_quadratic_it_is_the_directional_derivative(eps: float, family: str
         z = directions.fill(torch.empty_like(theta), seed, family)
         exact = gradients @ z.double()
         # float32 losses of size L are off by a few ulps: 2^-23 L / eps on the quotient
-        tolerance = 8 * 2.0**-23 * float(losses(LossRequest(theta, batch, (eps, -eps), seed, family)).max()) / eps
+        tolerance = 8 * 2.0**-23 * float(losses(LossRequest(theta, batch, (eps, -eps), (seed,), family)).max()) / eps
         np.testing.assert_allclose(estimate.projected[p], exact.numpy(), atol=tolerance + 1e-5)
     assert estimate.projected.shape == (3, 9) and estimate.projected.dtype == np.float64
 
@@ -58,11 +58,11 @@ def test_requests_and_loss() -> None:
 
     def evaluate(request: LossRequest) -> Tensor:
         seen.append(request)
-        return torch.tensor([[3.0] * 4, [1.0] * 4])
+        return torch.tensor([[3.0] * 4, [1.0] * 4]).expand(len(request.seeds), 2, 4)
 
     estimate = run(TwoPoint(), theta, batch, 0.5, "rademacher", evaluate)
-    assert [request.seed for request in seen] == SEEDS
-    assert all(request.offsets == (0.5, -0.5) and request.theta is theta and request.batch is batch for request in seen)
+    assert [request.seeds for request in seen] == [tuple(SEEDS)]
+    assert seen[0].offsets == (0.5, -0.5) and seen[0].theta is theta and seen[0].batch is batch
     assert (estimate.projected == 2.0).all() and estimate.loss == 2.0
     assert TwoPoint().forwards(4) == 8
 

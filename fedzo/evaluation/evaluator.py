@@ -1,86 +1,61 @@
-"""Losses at theta and at theta + a z without writing to a stored parameter.
+"""Losses at theta + a z for one or many points at once, without writing to a stored parameter.
 
-While a module that owns trainable parameters computes, its ``_parameters`` entries point at a scratch that holds
-fl32(theta + a z); before and after they do not. So there is no perturbed copy of the model, the scratch is still in
-cache when it is used, and an exception at any place leaves the model as it was.
+While a model is evaluated, the forwards of the modules that own trainable parameters are replaced by those of `layers`,
+which know the points; the parameters themselves read as NaN meanwhile, so that a model that reads one behind a module's
+back is noticed. Several points go through the model in one batch ("paired"): what is frozen is then computed, and
+dequantised, once for all of them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedzo.directions import axpy
-from fedzo.errors import SpaceError
+from fedzo.errors import ConfigError, SpaceError
 from fedzo.evaluation.batch import Batch
-from fedzo.evaluation.scores import candidate_scores, losses_from_scores
-from fedzo.spaces import Segment, TrainableSpace
+from fedzo.evaluation.layers import Forward, Slot, UnpairableError, forward_of, frozen_forward
+from fedzo.evaluation.scores import losses_from_scores, repeated_scores
+from fedzo.spaces import TrainableSpace
 
-# Spaces whose parameters have together at most this many entries are perturbed at once, before the forward: one call
-# instead of one a module. A fixed number, not a timing, so that every run computes the same.
+EVALUATIONS = ("auto", "paired", "sequential")
+# Spaces of at most this many entries are perturbed at once, before the forward: one call instead of one a module.
 SMALL = 4_000_000
-# Scratch places are multiples of this many floats (64 bytes): what a matmul computes may depend on alignment.
-_ALIGN = 16
+# Tokens of a forward up to which it pays to put more queries into it: beyond, the products have enough rows.
+TOGETHER = {"cpu": 512, "cuda": 4096}
+# Floats that the perturbed vectors of the points of one forward may take together.
+_VECTORS = 2**26
+# What one at a time may be slower before "auto" takes it all the same.
+_MARGIN = 1.1
 
 
 @dataclass(frozen=True)
 class LossRequest:
-    """Losses wanted at the points theta + a z, one for each a in ``offsets``.
+    """Losses wanted at the points theta + a z, for each direction z and each a in ``offsets``.
 
     Attributes:
-        theta: [space.size] float32, on the model's device.
+        theta: [space.size] float32 (or bfloat16, for a full space), on the model's device.
         batch: what to evaluate.
         offsets: the a of each point; 0.0 is theta itself.
-        seed: 64-bit seed of the direction z.
+        seeds: 64-bit seeds of the directions.
         family: direction family, see :data:`fedzo.directions.FAMILIES`.
     """
 
     theta: Tensor
     batch: Batch
     offsets: tuple[float, ...]
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     family: str = "rademacher"
 
 
 @dataclass(frozen=True)
 class _Point:
-    theta: Tensor
-    offset: float
     seed: int
-    family: str
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """One trainable parameter in the module that owns it."""
-
-    module: nn.Module
-    name: str
-    segment: Segment
-    parameter: nn.Parameter
-    place: int  # of its values in the scratch
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Dense slots that are neighbours in theta as in the scratch: one axpy."""
-
-    offset: int
-    size: int
-    place: int
-
-
-@dataclass(frozen=True)
-class _Owner:
-    module: nn.Module
-    slots: tuple[_Slot, ...]
-    runs: tuple[_Run, ...]
-    size: int  # scratch floats it needs
-    lookup: bool  # an embedding, of which only the rows looked up are needed
+    offset: float
 
 
 class Evaluator:
@@ -88,223 +63,329 @@ class Evaluator:
 
     The model is put into eval mode. Its stored parameters are never written, whatever happens.
 
+    Attributes:
+        evaluation: "paired" or "sequential" once it is decided, "auto" before the first request.
+
+    Args:
+        evaluation: "paired" puts the points of a query, and several queries of a small batch, into one forward;
+            "sequential" evaluates one point at a time; "auto" takes what a measurement on the first batch finds faster.
+            Both give the same losses, bit for bit, where a row's result does not depend on the batch's size; pairing
+            checks itself on the first batch against one point at a time.
+        compute_dtype: in which the layers of a bfloat16 theta compute; other layers compute in their weights' dtype.
+
     Raises:
-        SpaceError: the space does not belong to the model, or a trainable parameter is not float32.
+        SpaceError: the space does not belong to the model, or a trainable parameter is quantised.
+        ConfigError: the evaluation is unknown.
     """
 
-    def __init__(self, model: nn.Module, space: TrainableSpace) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        space: TrainableSpace,
+        evaluation: str = "auto",
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if evaluation not in EVALUATIONS:
+            raise ConfigError(f"evaluation is {evaluation!r}, but must be one of {', '.join(EVALUATIONS)}")
         self.model = model.eval()
         self.space = space
+        self.evaluation = evaluation
+        self._checked = evaluation == "sequential"
         parameters = space.parameters(model)
-        for name, parameter in parameters.items():
-            if parameter.dtype != torch.float32:
-                raise SpaceError(f"parameter {name} has dtype {parameter.dtype}: load the model in float32 to train it")
         self.device = next(iter(parameters.values())).device
-        self._owners = _owners(model, space, parameters)
-        self._scratch: list[Tensor] = []  # by nesting depth of owning modules
-        self._perturbed: Tensor | None = None  # reused between small evaluations
+        self._state = _State(space, parameters)
+        self._slots = _slots(model, space, parameters, compute_dtype)
+        self._forwards = _forwards(model, self._slots, self._state)
         self._nowhere = {
-            segment.name: torch.full((), math.nan, device=self.device).expand(segment.shape)
-            for segment in space.segments
+            slot.segment.name: torch.full((), math.nan, device=self.device, dtype=slot.dtype).expand(slot.segment.shape)
+            for slot in self._slots
+            if not hasattr(slot.owner, "dequantised")
         }
-        materialised = sum(math.prod(segment.shape) for segment in space.segments)
-        # PEFT reads its parameters from outside the modules that own them, so adapters are never streamed.
-        self._resident = space.kind == "adapter" or materialised <= SMALL
-        self._streamable: set[frozenset[str]] = set()  # kinds of input that streaming has served
+        self._resident = False  # a parameter is read from outside its module: all are put in place for the forward
+        self._proven: set[frozenset[str]] = set()  # kinds of input on which no such reading was seen
 
     def losses(self, request: LossRequest) -> Tensor:
-        """[len(offsets), B] float32 on CPU: the loss of every example at every point."""
+        """[len(seeds), len(offsets), B] float32 on CPU: the loss of every example at every point.
+
+        Raises:
+            SpaceError: theta does not fit the space, or, for "paired", a layer cannot be paired.
+        """
         batch = request.batch.to(self.device)
-        losses = [
-            losses_from_scores(
-                self._scores(_Point(request.theta, a, request.seed, request.family), batch), batch.labels
-            )
-            for a in request.offsets
+        points = [_Point(seed, a) for seed in request.seeds for a in request.offsets]
+        if not self._checked:
+            self._choose(request, points[: max(2, len(request.offsets))], batch)
+        step = self._together(len(request.offsets), batch)
+        scores = [
+            self._scores(request.theta, request.family, points[i : i + step], batch)
+            for i in range(0, len(points), step)
         ]
-        return torch.stack(losses).cpu()
+        losses = torch.stack([losses_from_scores(s, batch.labels) for s in torch.cat(scores)])
+        return losses.view(len(request.seeds), len(request.offsets), -1).cpu()
 
     def scores(self, theta: Tensor, batch: Batch) -> Tensor:
         """[B, C] float32 on CPU: the candidate scores at theta."""
-        return self._scores(_Point(theta, 0.0, 0, "rademacher"), batch.to(self.device)).cpu()
+        return self._scores(theta, "rademacher", [_Point(0, 0.0)], batch.to(self.device))[0].cpu()
 
-    def _scores(self, point: _Point, batch: Batch) -> Tensor:
-        self.space.check(point.theta)
-        if point.theta.device != self.device:
-            raise SpaceError(f"theta is on {point.theta.device}, the model on {self.device}: put both on one device")
+    def _together(self, offsets: int, batch: Batch) -> int:
+        """Points of one forward: one, or those of as many queries as `TOGETHER` and memory allow."""
+        if self.evaluation == "sequential" or self._resident:
+            return 1
+        some = batch.inputs.get("input_ids", batch.labels)
+        queries = TOGETHER.get(self.device.type, TOGETHER["cuda"]) // max(1, offsets * some.numel())
+        if self._state.at_once:
+            queries = min(queries, _VECTORS // (offsets * self.space.size))
+        return offsets * max(1, queries)
+
+    def _choose(self, request: LossRequest, points: list[_Point], batch: Batch) -> None:
+        """Decides between paired and sequential on the first batch, and checks that pairing is right there."""
+        theta, family = request.theta, request.family
+
+        def one_by_one() -> Tensor:
+            return torch.cat([self._scores(theta, family, [point], batch) for point in points])
+
+        def paired() -> Tensor:
+            return self._scores(theta, family, points, batch)
+
+        if len(points) < 2:
+            return
+        single = one_by_one()
+        reason = "a parameter is read from outside the module that owns it" if self._resident else ""
+        if not reason:
+            try:
+                reason = self._difference(paired(), single, theta, family, points, batch)
+            except (UnpairableError, RuntimeError) as error:  # RuntimeError: shapes that no longer fit
+                reason = str(error) if isinstance(error, UnpairableError) else f"{type(error).__name__} in a layer"
+        if reason and self.evaluation == "paired":
+            raise SpaceError(
+                f'runtime.evaluation is "paired", but this model cannot be paired: {reason}; use "auto" or "sequential"'
+            )
+        self._checked = True
+        if reason:
+            self.evaluation = "sequential"
+        elif self.evaluation == "auto":
+            slower = _seconds(paired, self.device) > _MARGIN * _seconds(one_by_one, self.device)
+            self.evaluation = "sequential" if slower else "paired"
+
+    def _difference(
+        self, paired: Tensor, single: Tensor, theta: Tensor, family: str, points: Sequence[_Point], batch: Batch
+    ) -> str:
+        """Why paired scores are not those of one point at a time, or "".
+
+        Where a backend's results depend on the number of rows, one point is compared within a batch of the same shape,
+        all of whose copies are at that point; the two may then differ by no more than the backend does itself.
+        """
+        if torch.equal(paired, single):
+            return ""
+        count = len(points)
+        alike = torch.stack([self._scores(theta, family, [p] * count, batch)[k] for k, p in enumerate(points)])
+        if torch.equal(paired, alike):
+            return ""
+        finite = torch.isfinite(single)
+        noise = float((alike - single)[finite].abs().max()) if bool(finite.any()) else 0.0
+        found = float((paired - alike)[finite].abs().max()) if bool(finite.any()) else 0.0
+        same = torch.equal(torch.isfinite(paired), finite)
+        return "" if same and found <= 2 * noise else f"scores differ by {found:.2g} from those of one point at a time"
+
+    @torch.no_grad()
+    def _scores(self, theta: Tensor, family: str, points: Sequence[_Point], batch: Batch) -> Tensor:
+        """[points, B, C] float32 on the model's device."""
+        self.space.check(theta)
+        if theta.device != self.device:
+            raise SpaceError(f"theta is on {theta.device}, the model on {self.device}: put both on one device")
         if self.model.training:
             self.model.eval()
         if self._resident:
-            return self._evaluate(self._materialised, point, batch)
-        scores = self._evaluate(self._streamed, point, batch)
+            return torch.cat([self._materialised(theta, family, point, batch) for point in points])
+        with self._hooked(), self._state.at(theta, family, points):
+            scores = repeated_scores(self.model, batch, len(points))
         kind = frozenset(batch.inputs)
-        if kind in self._streamable:
+        if kind in self._proven or not bool(torch.isnan(scores).any()):
+            self._proven.add(kind)
             return scores
-        if not bool(torch.isnan(scores).any()):
-            self._streamable.add(kind)
+        if any(hasattr(slot.owner, "dequantised") for slot in self._slots):
             return scores
-        # Either the loss is not finite, or a module reads the parameter of another, which streaming shows as NaN.
-        again = self._evaluate(self._materialised, point, batch)
+        # Either the loss is not finite, or a module reads the parameter of another, which shows as NaN.
+        again = torch.cat([self._materialised(theta, family, point, batch) for point in points])
         self._resident = not bool(torch.isnan(again).any())
         return again
-
-    @torch.no_grad()
-    def _evaluate(self, place: Callable[[_Point], Any], point: _Point, batch: Batch) -> Tensor:
-        with self._restored(), place(point):
-            return candidate_scores(self.model, batch)
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
         try:
             yield
         finally:
-            for owner in self._owners:
-                for slot in owner.slots:
-                    slot.module._parameters[slot.name] = slot.parameter
+            for slot in self._slots:
+                slot.restore()
 
     @contextmanager
-    def _materialised(self, point: _Point) -> Iterator[None]:
-        """All trainable parameters hold their perturbed values for the whole forward."""
-        theta = point.theta
-        if point.offset != 0.0:
-            if self._perturbed is None:
-                self._perturbed = torch.empty_like(theta)
-            theta = axpy(theta, point.seed, point.offset, point.family, out=self._perturbed)
-        placed: dict[str, Tensor] = {}
-        for owner in self._owners:
-            for slot in owner.slots:
-                segment = slot.segment
-                if segment.name not in placed:
-                    values = theta[segment.offset : segment.offset + segment.size]
-                    if segment.indices is not None:
-                        whole = slot.parameter.detach().reshape(-1).clone()
-                        values = whole.index_copy_(0, segment.indices.to(self.device), values)
-                    placed[segment.name] = values.view(segment.shape)
-                _put(slot, placed[segment.name])
-        yield
+    def _hooked(self) -> Iterator[None]:
+        """Within it the replaced forwards are in place; afterwards the modules are as they were."""
+        state = self._state
 
-    @contextmanager
-    def _streamed(self, point: _Point) -> Iterator[None]:
-        """Every module sees its perturbed parameters while it computes; at other times they are NaN."""
-        depth = 0
+        def count(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+            if tensors and not state.inside:
+                state.rows = tensors[0].shape[0] // state.points
 
-        def enter(owner: _Owner, args: tuple[Any, ...]) -> None:
-            nonlocal depth
-            self._fill(owner, point, depth, args)
-            depth += 1
-
-        def leave(owner: _Owner, output: Any) -> Any:
-            nonlocal depth
-            depth -= 1
-            for slot in owner.slots:
-                _put(slot, self._nowhere[slot.segment.name])
-            return _detached(output, self._scratch[depth].untyped_storage().data_ptr())
-
-        handles = []
+        held = [(module, module.__dict__.get("forward")) for module, _ in self._forwards]
+        handle = self.model.register_forward_pre_hook(count, with_kwargs=True)
         try:
-            for owner in self._owners:
-                handles.append(owner.module.register_forward_pre_hook(lambda _, args, o=owner: enter(o, args)))
-                handles.append(owner.module.register_forward_hook(lambda _, __, output, o=owner: leave(o, output)))
-                for slot in owner.slots:
-                    _put(slot, self._nowhere[slot.segment.name])
+            with self._restored():
+                for slot in self._slots:
+                    if slot.segment.name in self._nowhere:
+                        slot.put(self._nowhere[slot.segment.name])
+                for module, forward in self._forwards:
+                    module.__dict__["forward"] = forward
+                yield
+        finally:
+            handle.remove()
+            for module, before in held:
+                if before is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.__dict__["forward"] = before
+
+    def _materialised(self, theta: Tensor, family: str, point: _Point, batch: Batch) -> Tensor:
+        """[1, B, C]: all trainable parameters hold their perturbed values for the whole forward."""
+        with self._restored(), self._state.at(theta, family, [point]):
+            placed: dict[str, Tensor] = {}
+            for slot in self._slots:
+                if slot.segment.name not in placed:
+                    placed[slot.segment.name] = self._state.whole(slot)
+                slot.put(placed[slot.segment.name])
+            return repeated_scores(self.model, batch, 1)
+
+
+class _State:
+    """theta + a z at the points of the present forward (`layers.Values`)."""
+
+    def __init__(self, space: TrainableSpace, parameters: dict[str, nn.Parameter]) -> None:
+        sparse = any(segment.indices is not None for segment in space.segments)
+        self.at_once = sparse or space.size <= SMALL
+        self.stored = _stored(space, parameters) if sparse else None
+        self.rows = 1
+        self.inside = False
+        self._theta = torch.empty(0)
+        self._family = ""
+        self._points: Sequence[_Point] = ()
+        self._vectors: list[Tensor] = []
+        self._differences: list[Tensor] = []
+
+    @property
+    def points(self) -> int:
+        return len(self._points)
+
+    @contextmanager
+    def at(self, theta: Tensor, family: str, points: Sequence[_Point]) -> Iterator[None]:
+        self._theta, self._family, self._points = theta, family, points
+        if self.at_once:
+            self._vectors = [self._perturbed(point, 0, theta.numel()) for point in points]
+            if self.stored is not None:
+                self._differences = [vector - self.stored for vector in self._vectors]
+        try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            self._theta, self._points, self._vectors, self._differences = torch.empty(0), (), [], []
+            self.inside = False
 
-    def _fill(self, owner: _Owner, point: _Point, depth: int, args: tuple[Any, ...]) -> None:
-        """Point the owner's parameters at their values at the point."""
-        scratch = self._buffer(depth, owner.size)
-        theta, plain = point.theta, point.offset == 0.0
+    def _perturbed(self, point: _Point, offset: int, size: int) -> Tensor:
+        here = self._theta[offset : offset + size]
+        if here.dtype != torch.float32:
+            here = here.float()
+            return here if point.offset == 0.0 else axpy(here, point.seed, point.offset, self._family, offset=offset)
+        if point.offset == 0.0:
+            return here
+        return axpy(here, point.seed, point.offset, self._family, offset=offset, out=torch.empty_like(here))
 
-        def perturb(offset: int, size: int, out: Tensor) -> Tensor:
-            return axpy(theta[offset : offset + size], point.seed, point.offset, point.family, offset=offset, out=out)
+    def dense(self, point: int, offset: int, size: int) -> Tensor:
+        if self.at_once:
+            return self._vectors[point][offset : offset + size]
+        return self._perturbed(self._points[point], offset, size)
 
-        rows = _looked_up(owner, args) if owner.lookup and not plain else None
-        if rows is not None:
-            slot, width = owner.slots[0], owner.slots[0].segment.shape[1]
-            for row in rows:
-                start = slot.place + row * width
-                perturb(slot.segment.offset + row * width, width, scratch[start : start + width])
-        elif not plain:
-            for run in owner.runs:
-                perturb(run.offset, run.size, scratch[run.place : run.place + run.size])
-        for slot in owner.slots:
-            segment = slot.segment
-            values = theta[segment.offset : segment.offset + segment.size]
-            whole = scratch[slot.place : slot.place + math.prod(segment.shape)]
-            if segment.indices is not None:
-                if not plain:
-                    values = perturb(segment.offset, segment.size, torch.empty_like(values))
-                whole.copy_(slot.parameter.detach().reshape(-1))
-                values = whole.index_copy_(0, segment.indices.to(self.device), values)
-            elif not plain:
-                values = whole
-            _put(slot, values.view(segment.shape))
+    def sparse(self, point: int, slot: Slot) -> Tensor:
+        segment = slot.segment
+        return self._differences[point][segment.offset : segment.offset + segment.size]
 
-    def _buffer(self, depth: int, size: int) -> Tensor:
-        while len(self._scratch) <= depth:
-            self._scratch.append(torch.empty(0, device=self.device))
-        if self._scratch[depth].numel() < size:
-            self._scratch[depth] = torch.empty(size, device=self.device)
-        return self._scratch[depth]
+    def whole(self, slot: Slot) -> Tensor:
+        """The only point's values of a parameter, in its shape and dtype."""
+        segment = slot.segment
+        values = self.dense(0, segment.offset, segment.size)
+        if segment.indices is None:
+            return values.view(segment.shape).to(slot.dtype)
+        flat = slot.parameter.detach().reshape(-1).clone()
+        return flat.index_copy_(0, segment.indices.to(flat.device), values.to(flat.dtype)).view(segment.shape)
+
+    @contextmanager
+    def only(self, point: int) -> Iterator[None]:
+        """Modules within a module that is computed point by point see that point alone."""
+        before = self._points, self._vectors, self._differences, self.inside
+        self._points = self._points[point : point + 1]
+        self._vectors, self._differences = self._vectors[point : point + 1], self._differences[point : point + 1]
+        self.inside = True
+        try:
+            yield
+        finally:
+            self._points, self._vectors, self._differences, self.inside = before
 
 
-def _owners(model: nn.Module, space: TrainableSpace, parameters: dict[str, nn.Parameter]) -> list[_Owner]:
-    """The modules that own a trainable parameter. A tied parameter has a slot in each of its modules."""
+def _stored(space: TrainableSpace, parameters: dict[str, nn.Parameter]) -> Tensor:
+    """[size] float32: what the stored weights hold at theta's entries; zero where they were taken out to quantise."""
+    found = []
+    for segment in space.segments:
+        parameter = parameters[segment.name]
+        if segment.indices is None or not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
+            found.append(torch.zeros(segment.size, device=parameter.device))
+        else:
+            found.append(parameter.detach().reshape(-1)[segment.indices.to(parameter.device)].float())
+    return torch.cat(found)
+
+
+def _slots(
+    model: nn.Module, space: TrainableSpace, parameters: dict[str, nn.Parameter], compute_dtype: torch.dtype
+) -> list[Slot]:
+    """Where the trainable parameters are; a tied one has a slot in each module that owns it."""
     segments = {id(parameters[segment.name]): segment for segment in space.segments}
-    owners = []
+    slots = []
     for module in model.modules():
-        owned = [
-            (segments[id(parameter)], name, parameter)
-            for name, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in segments
-        ]
-        slots: list[_Slot] = []
-        runs: list[_Run] = []
-        place = 0
-        for segment, name, parameter in sorted(owned, key=lambda item: item[0].offset):
-            if segment.indices is None:
-                last = runs[-1] if runs else None
-                if last and last.offset + last.size == segment.offset and last.place + last.size == place:
-                    runs[-1] = _Run(last.offset, last.size + segment.size, last.place)
-                else:
-                    runs.append(_Run(segment.offset, segment.size, place))
-            slots.append(_Slot(module, name, segment, parameter, place))
-            place += -(-math.prod(segment.shape) // _ALIGN) * _ALIGN
-        if slots:
-            lookup = type(module) is nn.Embedding and module.max_norm is None and slots[0].segment.indices is None
-            owners.append(_Owner(module, tuple(slots), tuple(runs), place, lookup))
-    return owners
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) not in segments:
+                continue
+            segment = segments[id(parameter)]
+            quantised = hasattr(module, "dequantised") and name == "weight"
+            if quantised and segment.indices is None:
+                raise SpaceError(
+                    f"parameter {segment.name} is quantised and cannot be trained as a whole: leave it out, or train a "
+                    "sparse mask or an adapter"
+                )
+            bound = segment.indices is None and space.kind == "full" and parameter.dtype == torch.bfloat16
+            dtype = compute_dtype if bound or quantised else parameter.dtype
+            slots.append(Slot(module, name, segment, parameter, dtype))
+    return slots
 
 
-def _looked_up(owner: _Owner, args: tuple[Any, ...]) -> list[int] | None:
-    """The distinct rows an embedding is asked for, when they are few against its size."""
-    if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].is_floating_point():
-        return None
-    height, width = owner.slots[0].segment.shape
-    rows = torch.unique(args[0])
-    # A row costs a call, some 10 us, in which about 10^4 entries could be perturbed in one go.
-    if rows.numel() * (width + 10_000) > height * width:
-        return None
-    return [int(row) for row in rows.tolist()]
+def _forwards(model: nn.Module, slots: Sequence[Slot], state: _State) -> list[tuple[nn.Module, Forward]]:
+    """The modules whose forward is replaced, and by what.
+
+    A parameter in a container (a ParameterDict, say) belongs to the module around it, which is the one that reads it.
+    """
+    readers: dict[str, nn.Module] = {}
+    by_reader: dict[int, list[Slot]] = {}
+    for name, module in model.named_modules():
+        container = isinstance(module, nn.ParameterDict | nn.ParameterList | nn.ModuleDict | nn.ModuleList)
+        readers[name] = readers[name.rpartition(".")[0]] if container and name else module
+        by_reader.setdefault(id(readers[name]), []).extend(slot for slot in slots if slot.owner is module)
+    found = []
+    for module in model.modules():
+        own = by_reader.get(id(module), [])
+        forward = forward_of(module, own, state) if own else frozen_forward(module)
+        if forward is not None:
+            found.append((module, forward))
+    return found
 
 
-def _put(slot: _Slot, value: Tensor) -> None:
-    slot.module._parameters[slot.name] = value  # type: ignore[assignment]
-
-
-def _detached(output: Any, storage: int) -> Any:
-    """The output with every tensor that lives in the scratch copied out of it."""
-    if isinstance(output, Tensor):
-        return output.clone() if output.untyped_storage().data_ptr() == storage else output
-    if isinstance(output, (tuple, list)):
-        fresh = [_detached(item, storage) for item in output]
-        if all(new is old for new, old in zip(fresh, output, strict=True)):
-            return output
-        return type(output)(*fresh) if hasattr(output, "_fields") else type(output)(fresh)
-    if isinstance(output, dict):
-        for key, item in output.items():
-            new = _detached(item, storage)
-            if new is not item:
-                output[key] = new
-    return output
+def _seconds(function: object, device: torch.device) -> float:
+    start = time.perf_counter()
+    function()  # type: ignore[operator]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -26,32 +26,50 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
         [B, C] float32: the mean over a candidate's tokens of log p(token); -inf where an example has no such
         candidate. Class logits [B, C] when the batch has no targets. A row's scores do not depend on other rows.
     """
+    return repeated_scores(model, batch, 1)[0]
+
+
+def repeated_scores(model: nn.Module, batch: Batch, copies: int) -> Tensor:
+    """[copies, B, C] float32: the scores of copies of the batch that go through the model together.
+
+    The rows of a forward are those of the first copy, then those of the second, and so on; a model whose layers treat
+    the copies differently gives each its own scores.
+    """
     targets = batch.targets
     if targets is None:
         parts = _by_length(batch.inputs)
-        logits = [_logits(model(**inputs)).float() for _, inputs in parts]
+        logits = [_by_copy(_logits(model(**_repeat(inputs, copies))).float(), copies) for _, inputs in parts]
         order = torch.cat([rows for rows, _ in parts])
-        return torch.cat(logits)[torch.argsort(order)]
-    log_probabilities = torch.empty(len(targets.rows), device=targets.rows.device)
+        return torch.cat(logits, 1)[:, torch.argsort(order)]
+    log_probabilities = torch.empty(copies, len(targets.rows), device=targets.rows.device)
     for rows, inputs in _by_length(batch.inputs):
         place = torch.full((len(batch.inputs["input_ids"]),), -1, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         scored = torch.nonzero(place[targets.rows] >= 0)[:, 0]
         if len(scored):
-            log_probabilities[scored] = _log_probabilities(
-                model, inputs, place[targets.rows[scored]], targets.positions[scored], targets.tokens[scored]
+            log_probabilities[:, scored] = _log_probabilities(
+                model, inputs, copies, place[targets.rows[scored]], targets.positions[scored], targets.tokens[scored]
             )
     return _means(log_probabilities, targets, len(batch))
 
 
+def _repeat(inputs: dict[str, Tensor], copies: int) -> dict[str, Tensor]:
+    return inputs if copies == 1 else {name: torch.cat([value] * copies) for name, value in inputs.items()}
+
+
+def _by_copy(values: Tensor, copies: int) -> Tensor:
+    """[copies, rows, ...] of [copies * rows, ...]."""
+    return values.view(copies, -1, *values.shape[1:])
+
+
 def _log_probabilities(
-    model: nn.Module, inputs: dict[str, Tensor], rows: Tensor, positions: Tensor, tokens: Tensor
+    model: nn.Module, inputs: dict[str, Tensor], copies: int, rows: Tensor, positions: Tensor, tokens: Tensor
 ) -> Tensor:
-    """[N] float32 log p(token) at the (row, position) pairs; equal pairs go through the head once."""
+    """[copies, N] float32 log p(token) at the (row, position) pairs; equal pairs go through the head once."""
     length = inputs["input_ids"].shape[1]
     places, which = torch.unique(rows * length + positions, return_inverse=True)
-    logits = _logits_at(model, inputs, places // length, places % length)
-    return functional.log_softmax(logits.float(), dim=-1)[which, tokens]
+    logits = _logits_at(model, inputs, copies, places // length, places % length)
+    return functional.log_softmax(logits.float(), dim=-1)[:, which, tokens]
 
 
 def _by_length(inputs: dict[str, Tensor]) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -92,42 +110,48 @@ def losses_from_scores(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _means(values: Tensor, targets: TokenTargets, examples: int) -> Tensor:
-    """Mean of the [N] values by candidate, [B, C]. A padded row each, so that no sum depends on atomics."""
+    """Mean of the [copies, N] values by candidate, [copies, B, C]. A padded row each, so that no sum has atomics."""
     total = examples * targets.num_candidates
     order = torch.argsort(targets.candidates, stable=True)
     groups = targets.candidates[order]
     counts = torch.bincount(groups, minlength=total)
     rank = torch.arange(len(groups), device=groups.device) - (torch.cumsum(counts, 0) - counts)[groups]
-    table = values.new_zeros(total, max(1, int(counts.max())))
-    table[groups, rank] = values[order]
-    means = torch.where(counts > 0, table.sum(1) / counts, -torch.inf)
-    return means.view(examples, targets.num_candidates)
+    table = values.new_zeros(len(values), total, max(1, int(counts.max())))
+    table[:, groups, rank] = values[:, order]
+    means = torch.where(counts > 0, table.sum(2) / counts, -torch.inf)
+    return means.view(len(values), examples, targets.num_candidates)
 
 
-def _logits_at(model: nn.Module, inputs: dict[str, Tensor], rows: Tensor, positions: Tensor) -> Tensor:
-    """[N, V] logits at the (row, position) pairs; the output embedding sees only those where it can be found."""
-    from_end = positions - inputs["input_ids"].shape[1]  # adapters may put virtual tokens in front of the text
+def _logits_at(model: nn.Module, inputs: dict[str, Tensor], copies: int, rows: Tensor, positions: Tensor) -> Tensor:
+    """[copies, N, V] logits at the (row, position) pairs of each copy.
+
+    The output embedding sees only those where it can be found.
+    """
+    height, length = inputs["input_ids"].shape
+    from_end = positions - length  # adapters may put virtual tokens in front of the text
     selected = False
+
+    def at(values: Tensor) -> Tensor:
+        return _by_copy(values, copies)[:, rows, values.shape[1] + from_end]
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         nonlocal selected
         if not (args and isinstance(args[0], Tensor) and args[0].dim() == 3):
             return None
-        hidden = args[0]
-        if hidden.shape[0] != inputs["input_ids"].shape[0] or hidden.shape[1] < inputs["input_ids"].shape[1]:
+        if args[0].shape[0] != copies * height or args[0].shape[1] < length:
             return None
         selected = True
-        return (hidden[rows, hidden.shape[1] + from_end].unsqueeze(0), *args[1:])
+        return (at(args[0]), *args[1:])
 
     head = _output_embeddings(model)
     handle = None if head is None else head.register_forward_pre_hook(select)
     try:
         keywords = {"use_cache": False} if _knows_use_cache(_base_forward(model)) else {}
-        logits = _logits(model(**inputs, **keywords))
+        logits = _logits(model(**_repeat(inputs, copies), **keywords))
     finally:
         if handle is not None:
             handle.remove()
-    return logits[0] if selected else logits[rows, logits.shape[1] + from_end]
+    return logits if selected else at(logits)
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:

@@ -1,0 +1,361 @@
+"""How one module computes at several points of parameter space in one forward.
+
+Its rows are those of the first point, then those of the second, and so on. What is frozen is computed once for all of
+them, what is trainable for each point with its own values; a module sees nothing of this.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedzo.evaluation.products import SparsePattern, add_sparse, linear
+from fedzo.spaces import Segment
+
+# Rows of a matrix with more entries than this are perturbed and multiplied in blocks, which bounds the scratch.
+BLOCK = 2**24
+# A mask with more than this part of a matrix's entries is written into a copy of the matrix instead of added sparsely.
+DENSE = 0.02
+
+
+class UnpairableError(Exception):
+    """A layer cannot compute several points in one forward; the text says which and why."""
+
+
+class Values(Protocol):
+    """theta + a z at the points of the present forward."""
+
+    @property
+    def points(self) -> int: ...
+
+    @property
+    def rows(self) -> int:
+        """Rows of the model's input that belong to one point."""
+        ...
+
+    def dense(self, point: int, offset: int, size: int) -> Tensor:
+        """[size] float32 entries of theta + a z; not to be written to."""
+        ...
+
+    def sparse(self, point: int, slot: "Slot") -> Tensor:
+        """[slot.segment.size] float32: theta + a z, less what the stored weight holds at these entries."""
+        ...
+
+    def only(self, point: int) -> Any:
+        """A context in which there is this point alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One trainable parameter in the module that owns it."""
+
+    owner: nn.Module
+    name: str
+    segment: Segment
+    parameter: nn.Parameter
+    dtype: torch.dtype  # that the layer computes in
+
+    def put(self, value: Tensor) -> None:
+        self.owner._parameters[self.name] = value  # type: ignore[assignment]
+
+    def restore(self) -> None:
+        self.owner._parameters[self.name] = self.parameter
+
+
+Forward = Callable[..., Any]
+
+
+def forward_of(module: nn.Module, slots: Sequence[Slot], values: Values) -> Forward:
+    """What stands in for the module's forward; without slots the module is frozen."""
+    inner: Forward = module.forward
+    plain = "forward" not in module.__dict__
+    by_name = {slot.name: slot for slot in slots if slot.owner is module}
+    only_weight = set(by_name) == {"weight"} and len(slots) == 1
+    if plain and only_weight and by_name["weight"].segment.indices is not None:
+        slot = by_name["weight"]
+        if _is_linear(module) or hasattr(module, "dequantised"):
+            return SparseLinear(module, slot, values)
+        if type(module).__name__ == "Conv1D":  # GPT-2's: its weight is [in, out]
+            return SparseLinear(module, slot, values, transposed=True)
+        if _is_embedding(module):
+            return SparseEmbedding(module, slot, values)
+    dense = all(slot.segment.indices is None for slot in slots)
+    if plain and dense and slots and len(by_name) == len(slots):
+        if _is_linear(module) and set(by_name) <= {"weight", "bias"}:
+            return DenseLinear(module, by_name, values)
+        if _is_embedding(module) and only_weight:
+            return DenseEmbedding(module, by_name["weight"], values)
+    return Split(module, slots, values, inner)
+
+
+def frozen_forward(module: nn.Module) -> Forward | None:
+    """What stands in for the forward of a module without trainable parameters; None: its own."""
+    if "forward" in module.__dict__ or not (_is_linear(module) or hasattr(module, "dequantised")):
+        return None
+    return lambda input: frozen_product(input, module)
+
+
+def frozen_weight(module: nn.Module) -> Tensor:
+    """[out, in] in the layer's compute dtype."""
+    weight: Tensor = module.dequantised() if hasattr(module, "dequantised") else module.weight  # type: ignore[operator,assignment]
+    return weight
+
+
+def frozen_product(x: Tensor, module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """x times the module's frozen weight (or another one in its place), plus its bias, in x's dtype."""
+    weight = frozen_weight(module) if weight is None else weight
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    if not hasattr(module, "dequantised"):
+        return linear(x, weight, bias)
+    return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return type(module) is nn.Embedding and module.max_norm is None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Any module: computed for one point after the other, with its parameters at that point."""
+
+    module: nn.Module
+    slots: Sequence[Slot]
+    values: Values
+    inner: Forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        points = self.values.points
+        if points == 1:
+            return self._at(0, args, kwargs)
+        heights = {len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()}
+        if not heights:
+            raise UnpairableError(f"{type(self.module).__name__} is given no rows")
+        outputs = []
+        for point in range(points):
+            chosen = [self._part(value, point) for value in args]
+            named = {key: self._part(value, point) for key, value in kwargs.items()}
+            outputs.append(self._at(point, chosen, named))
+        return self._join(outputs, self.values.rows if heights == {1} else 0)
+
+    def _part(self, value: Any, point: int) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(self._part(item, point) for item in value)
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        return part(self.module, value, point, self.values.points)
+
+    def _at(self, point: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        held = [slot.owner._parameters[slot.name] for slot in self.slots]
+        keep = []
+        try:
+            for slot in self.slots:
+                keep.append(_whole(slot, self.values, point))
+                slot.put(keep[-1])
+            with self.values.only(point):
+                output = self.inner(*args, **kwargs)
+        finally:
+            for slot, value in zip(self.slots, held, strict=True):
+                slot.owner._parameters[slot.name] = value
+        return _detached(output, {value.untyped_storage().data_ptr() for value in keep})
+
+    def _join(self, outputs: list[Any], rows: int) -> Any:
+        first = outputs[0]
+        if isinstance(first, Tensor):
+            return join(outputs, rows)
+        if first is None:
+            return None
+        if type(first) in (tuple, list):
+            return type(first)(self._join([output[i] for output in outputs], rows) for i in range(len(first)))
+        raise UnpairableError(
+            f"{type(self.module).__name__} returns {type(first).__name__}, which cannot be put together"
+        )
+
+
+@dataclass(frozen=True)
+class DenseLinear:
+    """nn.Linear whose weight, bias or both are trainable."""
+
+    module: nn.Module
+    slots: dict[str, Slot]
+    values: Values
+
+    def __call__(self, input: Tensor) -> Tensor:
+        points = self.values.points
+        outputs = [self._at(k, part(self.module, input, k, points)) for k in range(points)]
+        return join(outputs, self.values.rows if len(input) == 1 else 0)
+
+    def _at(self, point: int, x: Tensor) -> Tensor:
+        bias_slot, slot = self.slots.get("bias"), self.slots.get("weight")
+        bias = self.module.bias if bias_slot is None else _whole(bias_slot, self.values, point)
+        if slot is None:
+            return linear(x, self.module.weight, bias)  # type: ignore[arg-type]
+        out, width = slot.segment.shape
+        step = max(1, BLOCK // width)
+        blocks = []
+        for start in range(0, out, step):
+            stop = min(out, start + step)
+            block = self.values.dense(point, slot.segment.offset + start * width, (stop - start) * width)
+            at = bias if bias is None or step >= out else bias[start:stop]  # type: ignore[index]
+            blocks.append(linear(x, block.view(stop - start, width).to(slot.dtype), at))  # type: ignore[arg-type]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
+
+
+@dataclass(frozen=True)
+class DenseEmbedding:
+    """nn.Embedding with a trainable table, of which only the rows that are looked up are computed."""
+
+    module: nn.Module
+    slot: Slot
+    values: Values
+
+    def __call__(self, input: Tensor) -> Tensor:
+        points = self.values.points
+        outputs = [self._at(k, part(self.module, input, k, points)) for k in range(points)]
+        return join(outputs, self.values.rows if len(input) == 1 else 0)
+
+    def _at(self, point: int, ids: Tensor) -> Tensor:
+        segment = self.slot.segment
+        height, width = segment.shape
+        rows, which = torch.unique(ids, return_inverse=True)
+        # A row costs a call, some 10 us, in which about 10^4 entries could be perturbed in one go.
+        if rows.numel() * (width + 10_000) > height * width:
+            table = self.values.dense(point, segment.offset, segment.size).view(height, width)
+            return functional.embedding(ids, table).to(self.slot.dtype)
+        found = torch.empty(len(rows), width, device=ids.device)
+        for place, row in enumerate(rows.tolist()):
+            found[place] = self.values.dense(point, segment.offset + row * width, width)
+        return functional.embedding(which, found).to(self.slot.dtype)
+
+
+class SparseLinear:
+    """A frozen product with few trainable entries: y = x W^T + x D^T, D the sparse difference to what W holds."""
+
+    def __init__(self, module: nn.Module, slot: Slot, values: Values, transposed: bool = False) -> None:
+        self.module, self.slot, self.values, self.transposed = module, slot, values, transposed
+        self.inner: Forward = module.forward
+        indices = slot.segment.indices
+        assert indices is not None
+        device = slot.parameter.device
+        shape = (slot.segment.shape[0], slot.segment.shape[1])
+        self.thick = len(indices) > DENSE * shape[0] * shape[1]
+        pattern, order = SparsePattern.of(indices, shape, transposed)
+        self.order = None if order is None else order.to(device)
+        self.pattern = SparsePattern(
+            pattern.shape, pattern.rows.to(device), pattern.starts.to(device), pattern.columns.to(device)
+        )
+
+    def __call__(self, input: Tensor) -> Tensor:
+        points = self.values.points
+        if self.thick:
+            outputs = [self._written(k, part(self.module, input, k, points)) for k in range(points)]
+            return join(outputs, self.values.rows if len(input) == 1 else 0)
+        y = self._frozen(input)
+        flat_x, flat_y = input.reshape(-1, input.shape[-1]), y.view(-1, y.shape[-1])
+        for k in range(points):
+            values = self.values.sparse(k, self.slot)
+            if self.order is not None:
+                values = values[self.order]
+            add_sparse(
+                part(self.module, flat_y, k, points, whole=True), part(self.module, flat_x, k, points, whole=True),
+                self.pattern, values,
+            )  # fmt: skip
+        return y
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        if not self.transposed:
+            return frozen_product(x, self.module, None if hasattr(self.module, "dequantised") else self.slot.parameter)
+        held = self.module._parameters["weight"]
+        self.slot.restore()
+        try:
+            y: Tensor = self.inner(x)
+        finally:
+            self.module._parameters["weight"] = held
+        return y
+
+    def _written(self, point: int, x: Tensor) -> Tensor:
+        whole = _whole(self.slot, self.values, point)
+        return frozen_product(x, self.module, whole.t() if self.transposed else whole)
+
+
+class SparseEmbedding:
+    """nn.Embedding with few trainable entries: the rows that are looked up are copied and their entries written."""
+
+    def __init__(self, module: nn.Module, slot: Slot, values: Values) -> None:
+        self.module, self.slot, self.values = module, slot, values
+        indices = slot.segment.indices
+        assert indices is not None
+        width = slot.segment.shape[1]
+        device = slot.parameter.device
+        self.rows, self.columns = (indices // width).to(device), (indices % width).to(device)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        points = self.values.points
+        outputs = [self._at(k, part(self.module, input, k, points)) for k in range(points)]
+        return join(outputs, self.values.rows if len(input) == 1 else 0)
+
+    def _at(self, point: int, ids: Tensor) -> Tensor:
+        rows, which = torch.unique(ids, return_inverse=True)
+        table = self.slot.parameter.detach()[rows]
+        place = torch.full((self.slot.segment.shape[0],), -1, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        hit = torch.nonzero(place[self.rows] >= 0)[:, 0]
+        difference = self.values.sparse(point, self.slot)[hit].to(table.dtype)
+        table.index_put_((place[self.rows[hit]], self.columns[hit]), difference, accumulate=True)
+        return functional.embedding(which, table)
+
+
+def part(module: nn.Module, value: Tensor, point: int, points: int, whole: bool = False) -> Tensor:
+    """A point's rows of a tensor; one that has a single row serves all points."""
+    height = value.shape[0]
+    if points == 1 or (height == 1 and not whole):
+        return value
+    if height % points:
+        raise UnpairableError(
+            f"{type(module).__name__} is given {height} rows for {points} points, so rows were regrouped before it"
+        )
+    size = height // points
+    return value[point * size : (point + 1) * size]
+
+
+def join(outputs: list[Tensor], rows: int) -> Tensor:
+    """The points' outputs one below the other; with `rows`, what was computed on one shared row as often as that."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if rows:
+        outputs = [output.expand(rows, *output.shape[1:]) for output in outputs]
+    return torch.cat(outputs)
+
+
+def _whole(slot: Slot, values: Values, point: int) -> Tensor:
+    """A parameter's values at a point, in its own shape."""
+    segment = slot.segment
+    if segment.indices is None:
+        found = values.dense(point, segment.offset, segment.size)
+        return found.view(segment.shape).to(slot.dtype)
+    stored = frozen_weight(slot.owner) if hasattr(slot.owner, "dequantised") else slot.parameter.detach().clone()
+    indices = segment.indices.to(stored.device)
+    stored.view(-1).index_add_(0, indices, values.sparse(point, slot).to(stored.dtype))
+    return stored
+
+
+def _detached(output: Any, storages: set[int]) -> Any:
+    """The output with every tensor that lives in one of the storages copied out of it."""
+    if isinstance(output, Tensor):
+        return output.clone() if output.untyped_storage().data_ptr() in storages else output
+    if isinstance(output, tuple | list):
+        fresh = [_detached(item, storages) for item in output]
+        if all(new is old for new, old in zip(fresh, output, strict=True)):
+            return output
+        return type(output)(*fresh) if hasattr(output, "_fields") else type(output)(fresh)
+    if isinstance(output, dict):
+        for key, item in output.items():
+            output[key] = _detached(item, storages)
+    return output

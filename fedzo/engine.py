@@ -70,10 +70,15 @@ class Bases:
 def in_process(experiment: Experiment, coordinator: Coordinator) -> Exchange:
     """The transport of one process: workers on the same base share its model and a replica, apart from the server's.
 
+    A bfloat16 theta is the model's weights, so the server's replica is the workers' too: it stands where a plan wants
+    it, and a plan's records are skipped. A worker with several local steps takes them on a copy.
+
     Every plan and answer crosses as bytes, as it would on a wire. Workers are handed the mask, and its bytes counted.
     """
     spec = coordinator.spec
     bases = Bases(experiment.config, spec, lambda config: experiment.on_base(config.model.quantisation))
+    if spec.theta_dtype == "bfloat16":
+        bases.kept[experiment.config.model.quantisation] = experiment, coordinator.replica
     workers: dict[int, tuple[Worker, Evaluator]] = {}
     for number in range(spec.clients):
         party, replica = bases.of(number)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -67,7 +68,8 @@ def load_base(
 def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[LoadedModel, TrainableSpace]:
     """Quantises a base model, puts the adapter on it and moves it to its device; its trainable space.
 
-    The initial values of theta come from the unquantised base, whatever this party's base is.
+    The initial values of theta come from the unquantised base, whatever this party's base is. A bfloat16 theta becomes
+    the model's own weights (`TrainableSpace.adopt`).
 
     Raises:
         SpaceError: the mask or the patterns do not fit the model, or a full space holds a quantised weight.
@@ -76,12 +78,17 @@ def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[Loa
     if mask is not None:
         mask.check(loaded.model, loaded.fingerprint)
     exact: dict[str, Tensor] = {}
-    if space.kind == "full" and section.compute_dtype != "float32":
+    own: tuple[str, ...] = ()
+    if space.theta_dtype == "bfloat16":
+        whole = spaces.full(loaded.model, space.include, space.exclude)
+        whole.adopt(loaded.model, torch.bfloat16, device)
+        own = tuple(segment.name for segment in whole.segments)
+    elif space.kind == "full" and section.compute_dtype != "float32":
         names = {s.name for s in spaces.full(loaded.model, space.include, space.exclude).segments}
         exact = {name: p.detach().float().clone() for name, p in loaded.model.named_parameters() if name in names}
     masked = {entry.name: entry.indices for entry in mask.entries} if mask is not None else {}
     compute = COMPUTE_DTYPES[section.compute_dtype]
-    quantise(loaded.model, section.quantisation, compute_dtype=compute, masked=masked, device=device)
+    quantise(loaded.model, section.quantisation, compute_dtype=compute, masked=masked, kept=own, device=device)
     if space.kind == "adapter":
         loaded = add_adapter(
             loaded, space.adapter, rank=space.rank, alpha=space.alpha, virtual_tokens=space.virtual_tokens,
@@ -95,9 +102,6 @@ def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[Loa
     if exact:
         segments = tuple(replace(s, values=exact[s.name].reshape(-1)) for s in built.segments)
         built = replace(built, segments=segments)
-    if space.theta_dtype == "bfloat16":
-        for parameter in built.parameters(loaded.model).values():
-            parameter.data = parameter.data.to(torch.bfloat16)
     return loaded, built
 
 
@@ -135,6 +139,9 @@ class Experiment:
             self.loaded.model, self.space, config.runtime.evaluation, COMPUTE_DTYPES[config.model.compute_dtype]
         )  # fmt: skip
         self._clients: dict[int, EncodedDataset] = {}
+        self._weights = self.space.bound(self.loaded.model) if config.space.theta_dtype == "bfloat16" else None
+        self._moved = False
+        self._mover: Callable[[], Replica | None] = lambda: None  # the replica that moves these weights
 
     def on_base(self, quantisation: Quantisation) -> "Experiment":
         """The same experiment over another quantisation of the base; mask, splits and partition are shared."""
@@ -269,8 +276,20 @@ class Experiment:
         return self._encode(self.task.prepare(self.splits.test)) if self.splits.test else None
 
     def theta0(self) -> Tensor:
-        """theta before the first step, [size], a new tensor each time."""
-        return self.space.theta0(self.loaded.model, COMPUTE_DTYPES[self.config.space.theta_dtype])
+        """theta before the first step, [size], a new tensor each time.
+
+        A bfloat16 theta is the model's weights, and there is only this one: where a replica has moved them, their first
+        values are read from the checkpoint again (in the host's memory, next to the weights), and the replica is lost.
+        """
+        if self._weights is None:
+            return self.space.theta0(self.loaded.model, COMPUTE_DTYPES[self.config.space.theta_dtype])
+        if (mover := self._mover()) is not None:
+            mover.theta = mover.theta[:0]  # what still uses it fails loudly
+        if self._moved:
+            base, _ = load_base(self.config, self._task, None)
+            self._weights.copy_(self.space.adopt(base.model, torch.bfloat16))
+            self._moved = False
+        return self._weights
 
     @cached_property
     def theta0_digest(self) -> str:
@@ -330,7 +349,17 @@ class Experiment:
         )
 
     def replica(self, spec: RunSpec) -> Replica:
-        return Replica(spec, self.theta0)
+        """A replica at theta0. Of a bfloat16 theta one can be used at a time: a new one takes the weights over."""
+        if self._weights is None:
+            return Replica(spec, self.theta0)
+        _ = self.theta0_digest, self.initial  # while the weights are at theta0
+        replica = Replica(spec, self._weights_to_move)
+        self._mover = weakref.ref(replica)
+        return replica
+
+    def _weights_to_move(self) -> Tensor:
+        weights, self._moved = self.theta0(), True
+        return weights
 
     def worker(self, number: int, replica: Replica) -> Worker:
         """The worker of a client over this process's model."""

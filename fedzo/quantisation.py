@@ -4,7 +4,7 @@ The entries of a sparse space are taken out first: they are set to zero, which n
 and live in theta. So theta does not depend on how a party quantised.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +25,7 @@ def quantise(
     *,
     compute_dtype: torch.dtype = torch.float32,
     masked: Mapping[str, Tensor] = MappingProxyType({}),
+    kept: Collection[str] = (),
     device: torch.device | str = "cpu",
 ) -> None:
     """Quantise a model's linear layers in place, one after the other, and move it to a device.
@@ -44,6 +45,7 @@ def quantise(
         compute_dtype: float32, bfloat16 or float16; see ``simulations/compute_dtype.py`` for what it costs.
         masked: parameter name -> flat int64 indices that dequantise to exactly 0.0. Entries of a weight that is not
             quantised stay as they are.
+        kept: names of parameters that keep their dtype, unless they are quantised.
 
     Raises:
         ModelError: an unknown kind or dtype, bitsandbytes is missing, the model is quantised or has an adapter
@@ -66,9 +68,9 @@ def quantise(
             _check_zeros(name, layer, masked)
             for parent, attribute in parents:
                 parent._modules[attribute] = layer
-    kept = {id(p) for m in model.modules() if isinstance(m, EncoderClassifier) for p in m.head.parameters()}
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and id(parameter) not in kept:
+    heads = {id(p) for m in model.modules() if isinstance(m, EncoderClassifier) for p in m.head.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and id(parameter) not in heads and name not in kept:
             parameter.data = parameter.data.to(device, compute_dtype)
     model.to(device)
 

@@ -1,25 +1,33 @@
 """Stochastic rounding of a bfloat16 theta: the formula in numpy, both implementations, unbiasedness, special values."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import small_runs
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedzo import directions
+from fedzo import directions, engine
 from fedzo.directions import FAMILIES, numba_cpu, philox, reference
 from fedzo.errors import SpaceError
+from fedzo.experiment import Experiment
 from fedzo.federation.artifact import pack_values, unpack_values
+from fedzo.federation.coordinator import Coordinator, RoundSummary, replay
+from fedzo.federation.ledger import Ledger
 from fedzo.federation.messages import CatchUp
 from fedzo.federation.replica import Replica, theta_digest
+from fedzo.models import load_model
 from fedzo.optimizers import Records
+from fedzo.report import verify
+from fedzo.run_folder import RunFolder
 from fedzo.spaces import draw_mask, full, sparse
 
 RNG = np.random.default_rng(3)
@@ -257,3 +265,79 @@ def test_other_spaces_keep_float32() -> None:
     with pytest.raises(SpaceError, match="is trained in part and cannot become a view"):
         space.adopt(model, torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+# whole runs on the embedded model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_runs.make_data(tmp_path_factory.mktemp("data"))
+
+
+def test_run_replay_and_export(tmp_path: Path, data: Path) -> None:
+    chosen = small_runs.config(data, space__theta_dtype="bfloat16", method__learning_rate=1e-2)
+    with small_runs.run(tmp_path / "run", chosen) as ledger:
+        entries = list(ledger.read())
+        assert ledger.spec.theta_dtype == "bfloat16" and len({entry.digest for entry in entries}) == 3
+        assert verify(ledger, Experiment(chosen)) == 3
+        experiment = Experiment(chosen)
+        replica = experiment.replica(ledger.spec)
+        replay(ledger, replica)
+        assert replica.digest() == entries[-1].digest
+        weights = replica.theta
+        assert experiment.space.bound(experiment.loaded.model).data_ptr() == weights.data_ptr()
+        assert theta_digest(experiment.replica(ledger.spec).theta).hex() == ledger.spec.theta0  # the same memory, reset
+        assert experiment.theta0().data_ptr() == weights.data_ptr() and replica.theta.numel() == 0
+        rounded = Experiment(small_runs.config(data)).theta0().to(torch.bfloat16)
+        assert torch.equal(experiment.theta0(), rounded)
+    answer = small_runs.fedzo("replay", tmp_path / "run", "--out", tmp_path / "model", "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["theta_digest"] == entries[-1].digest.hex()
+    loaded = load_model(str(tmp_path / "model"), "causal").model
+    moved = experiment.replica(ledger.spec)
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as again:
+        replay(again, moved)
+    assert torch.equal(experiment.space.theta0(loaded, torch.bfloat16), moved.theta)
+
+
+def test_kill_and_resume_is_the_whole_run(tmp_path: Path, data: Path) -> None:
+    chosen = small_runs.config(data, space__theta_dtype="bfloat16", method__learning_rate=1e-2)
+
+    class KilledError(Exception):
+        pass
+
+    class Stop:
+        def round(self, summary: RoundSummary) -> None:
+            if summary.round == 0:
+                raise KilledError
+
+        def evaluation(self, rounds: int, split: str, metrics: dict[str, float]) -> None: ...
+
+    folder = RunFolder.create(tmp_path / "cut", chosen)
+    with pytest.raises(KilledError):
+        engine.run(Experiment(chosen), folder, [Stop()])
+    with engine.run(Experiment(chosen), folder) as cut, small_runs.run(tmp_path / "whole", chosen) as whole:
+        assert cut.head == whole.head
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_sharing_the_weights_changes_nothing(tmp_path: Path, data: Path, steps: int) -> None:
+    """Server and workers over one theta, and over a theta and model each."""
+    chosen = small_runs.config(
+        data, space__theta_dtype="bfloat16", method__learning_rate=1e-2, federation__local_steps=steps,
+        federation__clients_per_round=2,
+    )  # fmt: skip
+
+    def apart(experiment: Experiment, coordinator: Coordinator) -> engine.Exchange:
+        other = Experiment(chosen)
+        replica = other.replica(coordinator.spec)
+        workers = {number: other.worker(number, replica) for number in range(coordinator.spec.clients)}
+        for worker in workers.values():
+            coordinator.admit(worker.hello())
+        return lambda parcels: [(n, engine.answer(workers[n], other.evaluator, plan)) for n, plan in parcels]
+
+    with small_runs.run(tmp_path / "shared", chosen) as shared:
+        folder = RunFolder.create(tmp_path / "apart", chosen)
+        with engine.run(Experiment(chosen), folder, connect=apart) as separate:
+            assert separate.head == shared.head

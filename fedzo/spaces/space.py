@@ -139,7 +139,7 @@ class TrainableSpace:
         storage = first.untyped_storage()
         if storage.data_ptr() != first.data_ptr() or storage.nbytes() != self.size * size:
             return None
-        return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, (self.size,))
+        return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, (self.size,), (1,))
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters by segment name.

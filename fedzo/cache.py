@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from fedzo.errors import ProtocolError, RunError
@@ -51,7 +52,7 @@ class ArtifactCache:
             RunError: the directory cannot be written.
         """
         path = self._path(name)
-        scratch = path.with_name(f".{name}.{hashlib.sha256(sender.encode()).hexdigest()[:16]}")
+        scratch = self._scratch(name, sender)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             held = scratch.stat().st_size if offset and scratch.exists() else 0
@@ -78,6 +79,14 @@ class ArtifactCache:
                 "written"
             ) from error
         return held
+
+    def discard(self, name: str, sender: str) -> None:
+        """Forgets the parts of a transfer that came to no end."""
+        with suppress(OSError):
+            self._scratch(name, sender).unlink(missing_ok=True)
+
+    def _scratch(self, name: str, sender: str) -> Path:
+        return self._path(name).with_name(f".{name}.{hashlib.sha256(sender.encode()).hexdigest()[:16]}")
 
     def _path(self, name: str) -> Path:
         if not re.fullmatch(r"[0-9a-f]{64}", name):  # it comes from the network and becomes a path

@@ -25,6 +25,8 @@ def test_an_artifact_comes_in_parts_and_stays(tmp_path: Path) -> None:
     assert cache.receive(NAME, "1", 1000, DATA[1000:], len(DATA)) == 1024
     assert cache.get(NAME) == ArtifactCache(tmp_path).get(NAME) == DATA
     assert cache.receive(NAME, "2", 0, DATA, len(DATA)) == 1024  # started over
+    cache.receive(NAME, "3", 0, DATA[:10], len(DATA))
+    cache.discard(NAME, "3")
     assert files(tmp_path) == [NAME]
 
 

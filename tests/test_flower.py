@@ -230,6 +230,111 @@ def test_too_few_nodes_names_the_flag(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "run").exists()
 
 
+SPARSE = {"space__kind": "sparse", "space__density": 0.02, "space__exclude": "*norm*"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache directory of clients that start anew."""
+    monkeypatch.setenv("FEDZO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(server_side, "PART", 4096)
+    client_side._resident.cache_clear()
+    return tmp_path / "cache" / "artifacts"
+
+
+def test_clients_fetch_the_mask_once(tmp_path: Path, cache: Path) -> None:
+    """In parts, through the run's own transport; what they keep in their cache is not sent again."""
+    pytest.importorskip("bitsandbytes")
+    config = tiny(**SPARSE, model__client_quantisation="nf4, int8, none")
+    with engine.run(Experiment(config), RunFolder.create(tmp_path / "local", config)) as ledger:
+        local, mask = ledger.head, ledger.artifact(ledger.spec.mask)
+    sizes = []
+    for name in ("first", "again"):
+        client_side._resident.cache_clear()
+        serve(config, tmp_path / name)
+        with Ledger(tmp_path / name / "ledger.sqlite") as ledger:
+            assert ledger.head == local
+            assert [path.name for path in cache.iterdir()] == [ledger.spec.mask]
+            assert {member["quantisation"] for member in ledger.members().values()} == {"nf4", "int8", "none"}
+            first, *others = ledger.summaries()
+            assert first["bytes_down"] > first["artifact_bytes"] and not any(s["artifact_bytes"] for s in others)
+            sizes.append(first["artifact_bytes"])
+    assert len(mask) > 2 * 4096 and sizes[1] == 0
+    # Three clients of one machine ask at once; the first to have the whole spares the others the last part.
+    assert len(mask) <= sizes[0] <= 3 * len(mask)
+    (cache / ledger.spec.mask).write_bytes(mask[:-1] + b"x")  # damaged: fetched anew
+    client_side._resident.cache_clear()
+    serve(config, tmp_path / "repaired")
+    assert head_of(tmp_path / "repaired") == local and (cache / ledger.spec.mask).read_bytes() == mask
+
+
+def test_a_mask_with_another_hash_is_refused(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Forged(InProcessGrid):
+        def handle(self, message: Message) -> str:
+            record = message.content.config_records["fedzo"]
+            if isinstance(record.get("data"), bytes) and record["offset"] == 4096:
+                record["data"] = bytes(len(record["data"]))  # type: ignore[arg-type]
+            return super().handle(message)
+
+    grid = Forged(tiny(**SPARSE), tmp_path / "run", (0, 1, 2), honest)
+    with pytest.raises(RunError, match=r"0 of 3 clients could be registered.*has the hash"):
+        server_side.app(grid, grid.context(1, {}))
+    assert list(cache.iterdir()) == []
+    assert "the artifact that was sent as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"wants": "0" * 64}, {"offset": 4096}, {"offset": "0"}, {"wants": 5}],
+    ids=["other", "later", "text", "number"],
+)
+def test_a_node_gets_the_run_s_mask_part_by_part_and_nothing_else(
+    asked: dict[str, Any], tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forge(number: int, reply: Message) -> Message:
+        record = reply.content.config_records["fedzo"]
+        if number == 1 and "wants" in record:
+            record.update(asked)
+        return reply
+
+    serve(tiny(**SPARSE, federation__rounds=1), tmp_path / "run", (0, 1, 2), forge)
+    assert "a node asked for something else than the run's mask" in capsys.readouterr().out
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        assert list(ledger.members()) == [0, 2]
+
+
+def test_a_client_whose_file_holds_another_mask_is_refused(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's configuration names a file: clients without it fetch the mask, one with another of that name is out."""
+    from fedzo.spaces import Mask
+
+    config = tiny(**SPARSE, federation__rounds=1)
+    own = Experiment(config).mask
+    assert own is not None
+    path = tmp_path / "mask.safetensors"
+    own.save(path)
+    other = Mask(own.fingerprint, own.method, {}, own.entries)
+
+    class Elsewhere(InProcessGrid):
+        """Client 0 has no such file, client 1 another, client 2 the run's."""
+
+        def handle(self, message: Message) -> str:
+            client_side._resident.cache_clear()
+            partition = self.contexts[message.metadata.dst_node_id].node_config["partition-id"]
+            path.unlink(missing_ok=True)
+            if partition:
+                (other if partition == 1 else own).save(path)
+            return super().handle(message)
+
+    named = config.model_copy(update={"space": config.space.model_copy(update={"mask": str(path)})})
+    grid = Elsewhere(named, tmp_path / "run", (0, 1, 2), honest)
+    server_side.app(grid, grid.context(1, {}))
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        assert ledger.spec.mask == own.hash and list(ledger.members()) == [0, 2]
+    assert "SpaceError; its own log says more" in capsys.readouterr().out
+
+
 def test_run_config_lists_every_key() -> None:
     app = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
     assert app["config"] == tomllib.loads(flower.run_config_toml())["tool"]["flwr"]["app"]["config"]

@@ -20,6 +20,7 @@ from fedzo.errors import ConfigError, FedzoError
 from fedzo.runtime import keep_memory
 
 INTERRUPTED = 130
+_MASK_ROWS = 16
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 console = Console(soft_wrap=True, highlight=False)
@@ -63,6 +64,19 @@ app = typer.Typer(
 class Engine(StrEnum):
     LOCAL = "local"
     FLOWER = "flower"
+
+
+class Method(StrEnum):
+    SENSITIVE = "sensitive"
+    FORWARD = "forward"
+    MAGNITUDE = "magnitude"
+    RANDOM = "random"
+
+
+class Kind(StrEnum):
+    CAUSAL = "causal"
+    MASKED = "masked"
+    ENCODER = "encoder"
 
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -374,6 +388,108 @@ def plot(run: RunPath) -> None:
     with ledger:
         for path in draw(ledger, folder.path):
             console.print(str(path), markup=False)
+
+
+@app.command()
+def mask(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help='Directory, hub name, or "embedded".')],
+    density: Annotated[
+        float, typer.Option(help="Share of the entries of all matrices to take, above 0, at most 1.")
+    ] = 0.001,
+    method: Annotated[
+        Method, typer.Option(help="Squared gradients by backward, their estimate by forwards, weights, or a draw.")
+    ] = Method.SENSITIVE,
+    calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on, for sensitive and forward.")] = None,
+    task: Annotated[str, typer.Option(help="Calibrate on a task's training data instead of text.")] = "",
+    data: Annotated[str, typer.Option(help="Directory or hub name of the task's data.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="File; none: mask-METHOD-HASH.safetensors.")] = None,
+    kind: Annotated[Kind, typer.Option(help="What the model serves as, in the run too.")] = Kind.CAUSAL,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "",
+    length: Annotated[int, typer.Option(help="Tokens of a calibration sequence, at most.")] = 128,
+    examples: Annotated[int, typer.Option(help="Calibration sequences or examples.")] = 64,
+    seed: Annotated[int, typer.Option(help="Decides the draw and the calibration examples.")] = 0,
+    include: Annotated[list[str], typer.Option(help="Pattern of parameter names; repeatable.")] = ["*"],  # noqa: B006
+    exclude: Annotated[list[str], typer.Option(help="Pattern of names to leave out; repeatable.")] = [],  # noqa: B006
+    per_tensor: Annotated[bool, typer.Option("--per-tensor", help="The same share of each matrix.")] = False,
+    compare: Annotated[Path | None, typer.Option(help="Another mask: show the overlap.")] = None,
+    device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Choose the entries of a base model to train, and write them as one artifact that its hash names."""
+    from fedzo.config import from_flat
+    from fedzo.experiment import Experiment
+    from fedzo.spaces import Mask
+
+    if method in (Method.SENSITIVE, Method.FORWARD) and (calibration is None) != bool(task):
+        raise ConfigError(
+            f"--method {method} needs data to calibrate on: give either --calibration TEXT, or --task with --data"
+        )
+    if bool(task) != bool(data):
+        raise ConfigError("--task and --data belong together: the task's name and where its training data is")
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        state = "exists; give a file that does not" if out.exists() else "is in a directory that does not exist"
+        raise ConfigError(f"--out {out} {state}")
+    other = None if compare is None else Mask.load(compare)
+    keys = {
+        "seed": seed, "model.source": model, "model.kind": kind.value, "model.revision": revision,
+        "model.max_length": length, "space.kind": "sparse", "space.mask": method.value, "space.density": density,
+        "space.include": include, "space.exclude": exclude, "space.per_tensor": per_tensor,
+        "space.calibration": "" if calibration is None or task else str(calibration),
+        "space.calibration_examples": examples, "runtime.device": device,
+    }  # fmt: skip
+    if task:
+        keys |= {"task.name": task, "data.source": data, "data.test": ""}
+    with _loading(as_json, "making the mask"):
+        experiment = Experiment(from_flat(keys, "fedzo mask"))
+        made = experiment.mask
+        assert made is not None  # the space is sparse
+        if other is not None:
+            other.check(experiment.loaded.model, experiment.loaded.fingerprint)
+        path = out or Path(f"mask-{method}-{made.hash[:12]}.safetensors")
+        made.save(path)
+    _print_mask(made, path, other, as_json)
+
+
+def _print_mask(made: Any, path: Path, other: Any, as_json: bool) -> None:
+    from math import prod
+
+    from fedzo.run_folder import strict_json
+    from fedzo.spaces import overlap
+
+    rows = sorted(((e.indices.numel(), e.name, prod(e.shape)) for e in made.entries), key=lambda row: (-row[0], row[1]))
+    figures: dict[str, Any] = {
+        "mask": str(path),
+        "hash": made.hash,
+        "method": made.method,
+        "entries": made.size,
+        "tensors": len(rows),
+        "file_bytes": path.stat().st_size,
+        "bytes_per_index": made.index_bytes / made.size,
+    }
+    if other is not None:
+        common = overlap(made, other)
+        figures |= {
+            "overlap": common,
+            "overlap_share": common / made.size,
+            "overlap_share_of_other": common / other.size,
+            "overlap_jaccard": common / (made.size + other.size - common),
+        }
+    if as_json:
+        held = [
+            {"tensor": name, "entries": count, "share": count / made.size, "density": count / size}
+            for count, name, size in rows
+        ]
+        print(strict_json({**figures, "held": held}))
+        return
+    _print_figures(figures, False)
+    shown = rows[:_MASK_ROWS]
+    width = max(len(name) for _, name, _ in shown)
+    console.print(f"\n{'tensor':{width}}  {'entries':>10}  share of mask  own density", markup=False)
+    for count, name, size in shown:
+        console.print(f"{name:{width}}  {count:>10,}  {count / made.size:>13.2%}  {count / size:>11.4%}", markup=False)
+    if rest := rows[_MASK_ROWS:]:
+        count = sum(row[0] for row in rest)
+        console.print(f"{f'{len(rest)} more':{width}}  {count:>10,}  {count / made.size:>13.2%}", markup=False)
 
 
 @app.command("config")

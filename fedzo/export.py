@@ -248,9 +248,9 @@ def _shira_targets(finetuned: Finetuned) -> dict[str, Segment]:
     parameters = finetuned.space.parameters(finetuned.loaded.model)
     targets: dict[str, Segment] = {}
     for segment in finetuned.space.segments:
-        found = owners.get(id(parameters[segment.name]), [])
+        found, advice = owners.get(id(parameters[segment.name]), []), ", or exclude it from the mask (space.exclude)"
         if segment.indices is None:
-            what = "is trained as a whole"
+            what, advice = "is trained as a whole", ""
         elif len(found) > 1:
             what = "is shared by several layers"
         elif not found or not isinstance(found[0][1], nn.Linear) or len(segment.shape) != 2:
@@ -260,7 +260,7 @@ def _shira_targets(finetuned: Finetuned) -> dict[str, Segment]:
             continue
         raise SpaceError(
             f"parameter {segment.name} {what}; a SHiRA adapter holds masked weights of linear layers only: export "
-            "merged or delta, or exclude the parameter from the mask (space.exclude)"
+            f"merged or delta{advice}"
         )
     return targets
 
@@ -386,6 +386,8 @@ def model_card(finetuned: Finetuned, config: Config, ledger: Ledger, form: str, 
         **{split: _recorded(ledger, finetuned.rounds, split) for split in ("validation", "test")},
         "privacy": "none",
     }
+    if (base_of_run := config.model.quantisation) != "none":
+        rows["accuracy of"] = f"the run's {base_of_run} base; this export is on the unquantised one"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         f"---\n{front}\n---\n\n# {base}, fine-tuned with fedzo\n\n"

@@ -380,6 +380,16 @@ def test_a_failed_export_leaves_nothing(finished: Callable[..., Path], tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_run_in_bfloat16(finished: Callable[..., Path], tmp_path: Path) -> None:
+    folder = finished(space__theta_dtype="bfloat16", method__learning_rate=0.1)
+    for dtype in ("float32", "bfloat16"):
+        export(folder, tmp_path / dtype, "--dtype", dtype)
+    one, other = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16"))
+    assert all(torch.equal(one[name], other[name].float()) for name in one)
+    base = load_model("embedded", "causal").model.state_dict()
+    assert not any(torch.equal(one[name], base[name]) for name in one)
+
+
 def test_a_quantised_run_is_exported_on_the_whole_base(finished: Callable[..., Path], tmp_path: Path) -> None:
     """The same ledger gives the same files whatever the quantisation that the run's configuration asks for."""
     pytest.importorskip("bitsandbytes")
@@ -391,3 +401,4 @@ def test_a_quantised_run_is_exported_on_the_whole_base(finished: Callable[..., P
         with Ledger(folder / "ledger.sqlite") as ledger, Ledger(plain / "ledger.sqlite") as other:
             assert list(ledger.read())[-1].digest.hex() == figures["theta_digest"]
             assert ledger.spec.theta0 == other.spec.theta0
+        assert "| accuracy of | the run's nf4 base" in (tmp_path / form / "README.md").read_text()

@@ -67,7 +67,7 @@ class Bases:
         return self.kept[base]
 
 
-def in_process(experiment: Experiment, coordinator: Coordinator) -> Exchange:
+def in_process(experiment: Experiment, coordinator: Coordinator, bases: Bases | None = None) -> Exchange:
     """The transport of one process: workers on the same base share its model and a replica, apart from the server's.
 
     A bfloat16 theta is the model's weights, so the server's replica is the workers' too: it stands where a plan wants
@@ -76,7 +76,7 @@ def in_process(experiment: Experiment, coordinator: Coordinator) -> Exchange:
     Every plan and answer crosses as bytes, as it would on a wire. Workers are handed the mask, and its bytes counted.
     """
     spec = coordinator.spec
-    bases = Bases(experiment.config, spec, lambda config: experiment.on_base(config.model.quantisation))
+    bases = bases or Bases(experiment.config, spec, lambda config: experiment.on_base(config.model.quantisation))
     if spec.theta_dtype == "bfloat16":
         bases.kept[experiment.config.model.quantisation] = experiment, coordinator.replica
     workers: dict[int, tuple[Worker, Evaluator]] = {}

@@ -15,7 +15,6 @@ from fedzo.errors import LedgerError, SpaceError
 from fedzo.experiment import Experiment, open_experiment
 from fedzo.federation.coordinator import Coordinator
 from fedzo.federation.ledger import Ledger
-from fedzo.federation.replica import Replica
 from fedzo.report import summarise, verify
 from fedzo.run_folder import RunFolder
 from fedzo.spaces import Mask
@@ -79,24 +78,14 @@ def test_one_theta_on_all_bases(data: Path, mixed: Path, tmp_path: Path, no_mask
 
 def test_the_replicas_of_all_bases_end_alike(data: Path, tmp_path: Path) -> None:
     chosen = config(data, **SPARSE)
-    seen: dict[str, Replica] = {}
-
-    class Watched(engine.Bases):
-        def of(self, client: int) -> tuple[Experiment, Replica]:
-            found = super().of(client)
-            seen[found[0].config.model.quantisation] = found[1]
-            return found
-
-    original, engine.Bases = engine.Bases, Watched  # type: ignore[misc]
-    try:
-        with run(tmp_path / "run", chosen) as ledger:
-            recorded = [entry.digest for entry in ledger.read()]
-    finally:
-        engine.Bases = original  # type: ignore[misc]
-    # A client's replica stands where the last plan brought it.
-    assert {base: replica.digest() for base, replica in seen.items()} == dict.fromkeys(
-        ("nf4", "int8", "none"), recorded[-2]
-    )
+    party = Experiment(chosen)
+    bases = engine.Bases(chosen, party.spec(), lambda own: party.on_base(own.model.quantisation))
+    folder = RunFolder.create(tmp_path / "run", chosen)
+    with engine.run(party, folder, connect=lambda e, c: engine.in_process(e, c, bases)) as ledger:
+        last = list(ledger.read())[-2].digest  # where the last plan brought the clients
+    digests = {base: replica.digest() for base, (_, replica) in bases.kept.items()}
+    assert digests == dict.fromkeys(("nf4", "int8", "none"), last)
+    assert bases.kept["none"][0] is party
 
 
 def test_a_run_goes_on_with_the_mask_of_its_ledger(

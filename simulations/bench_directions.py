@@ -1,6 +1,6 @@
-"""Speed of directions against torch: ``python simulations/bench_directions.py [--quick]``.
+"""Speed of directions against torch: ``python simulations/bench_directions.py [--quick] [--device cuda]``.
 
-The baseline is one step of the usual in-place code: ``torch.normal`` with a generator, into memory that is already
+The baseline is one step of the usual in-place code: ``normal_`` with a generator, into memory that is already
 there, then ``add_``. Candidates and baseline take turns, and a ratio is the median over turns of ratios within a turn,
 so that a neighbour on the machine slows both sides. Prints a table, then one line of JSON (speeds in 10^9 elements of a
 direction a second).
@@ -21,15 +21,15 @@ RECORDS = 64
 TURNS = 7
 
 
-def measure(elements: int) -> dict[str, list[float]]:
+def measure(elements: int, device: str) -> dict[str, list[float]]:
     """10^9 elements a second of each contestant, in each turn."""
-    theta, z = torch.zeros(elements), torch.zeros(elements)
-    generator = torch.Generator().manual_seed(0)
+    theta, z = torch.zeros(elements, device=device), torch.zeros(elements, device=device)
+    generator = torch.Generator(device).manual_seed(0)
     seeds = np.arange(RECORDS, dtype=np.uint64)
     coefficients = np.linspace(-1e-3, 1e-3, RECORDS, dtype=np.float32)
 
     def baseline() -> None:
-        torch.normal(0.0, 1.0, (elements,), generator=generator, out=z)
+        z.normal_(generator=generator)
         theta.add_(z, alpha=1e-3)
 
     contestants: dict[str, tuple[int, Callable[[], object]]] = {"torch": (1, baseline)}
@@ -42,32 +42,42 @@ def measure(elements: int) -> dict[str, list[float]]:
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(TURNS):
         for name, (records, call) in contestants.items():
-            start = time.perf_counter()
+            start = now(theta)
             call()
-            speeds[name].append(records * elements / (time.perf_counter() - start) / 1e9)
+            speeds[name].append(records * elements / (now(theta) - start) / 1e9)
     return speeds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of directions against torch.normal and add_.")
-    parser.add_argument("--quick", action="store_true", help="10^7 elements instead of 10^8")
-    elements = 10**7 if parser.parse_args().quick else 10**8
+def now(tensor: torch.Tensor) -> float:
+    """Seconds by the clock, when the tensor's device has done what it was given."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
 
-    measure(1000)  # loads the compiled kernel
-    speeds = measure(elements)
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of directions against torch's normal_ and add_.")
+    parser.add_argument("--quick", action="store_true", help="10^7 elements instead of 10^8")
+    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda or another device of torch")
+    arguments = parser.parse_args()
+    elements = 10**7 if arguments.quick else 10**8
+
+    measure(1000, arguments.device)  # compiles the kernels, or loads them
+    speeds = measure(elements, arguments.device)
     rates = {name: statistics.median(turns) for name, turns in speeds.items()}
     ratios = {
         name: statistics.median(mine / torchs for mine, torchs in zip(turns, speeds["torch"], strict=True))
         for name, turns in speeds.items()
     }
     threads = torch.get_num_threads()
-    print(f"{elements:.0e} elements, {RECORDS} records a replay, {threads} threads, median of {TURNS} turns")
+    where = f"{threads} threads" if arguments.device == "cpu" else arguments.device
+    print(f"{elements:.0e} elements, {RECORDS} records a replay, {where}, median of {TURNS} turns")
     print(f"{'':20} {'G elements/s':>12} {'times torch':>12}")
     for name, rate in rates.items():
         print(f"{name:20} {rate:12.2f} {ratios[name]:12.1f}")
     figures = {f"{name}_ratio": round(ratio, 1) for name, ratio in ratios.items() if name != "torch"}
     figures |= {f"{name}_gigaelements_per_s": round(rate, 3) for name, rate in rates.items()}
-    figures |= {"elements": elements, "records": RECORDS, "threads": threads}
+    figures |= {"elements": elements, "records": RECORDS, "threads": threads, "device": arguments.device}
     print(json.dumps(figures))
 
 

@@ -6,7 +6,8 @@ gradient is measured by fedzo's evaluator in float32, bfloat16 and float16 compu
 float64 throughout. A row is the root mean square of the error over that of the projected gradient: 0.05 means that
 noise of 5% is added to every scalar, 1 that the scalar is as much noise as signal.
 
-    python simulations/compute_dtype.py [--quick] [--model DIR --kind KIND --task TASK --data DIR --train FILE]
+    python simulations/compute_dtype.py [--quick]
+        [--model DIR --kind KIND --task TASK --data DIR --train FILE --test FILE]
 """
 
 import fedzo  # noqa: F401  # isort: skip  (before torch: it sets what OpenMP reads when it loads)
@@ -38,8 +39,9 @@ def load(arguments: argparse.Namespace) -> tuple[LoadedModel, Batch]:
     task = build_task(arguments.task, loaded.kind, loaded.tokenizer, max_length=64)
     if loaded.kind == "encoder":
         loaded = add_head(loaded, task.num_labels or 0, task.label_texts)
-    splits = load_splits(arguments.data, task.spec, train=arguments.train, limit=arguments.batch_size)
-    return loaded, EncodedDataset(task, splits.train).batch(np.arange(len(splits.train)))
+    train = load_splits(arguments.data, task.spec, train=arguments.train, test=arguments.test).train
+    examples = train[: arguments.batch_size]
+    return loaded, EncodedDataset(task, examples).batch(np.arange(len(examples)))
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--task", default="toy-reviews")
     parser.add_argument("--data", default="embedded")
     parser.add_argument("--train", default="train", help="the data's training split or file")
+    parser.add_argument("--test", default="test", help="the data's test split or file")
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--directions", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)

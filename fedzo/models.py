@@ -65,10 +65,10 @@ class EncoderClassifier(nn.Module):
         self.head = nn.Linear(width, num_labels, bias=False, device=device, dtype=torch.float32)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, d] in the head's dtype: the pooled last hidden state, normalised to length 1."""
+        """[B, d] in the head's dtype, at least float32: the pooled last hidden state, normalised to length 1."""
         hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         hidden = hidden[:, -input_ids.shape[1] :]  # without the virtual tokens of an adapter
-        hidden = hidden.to(self.head.weight.dtype)
+        hidden = hidden.to(torch.promote_types(self.head.weight.dtype, torch.float32))
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         else:
@@ -84,7 +84,7 @@ class EncoderClassifier(nn.Module):
             if input_ids is None or attention_mask is None:
                 raise ValueError("EncoderClassifier needs input_ids and attention_mask, or features")
             features = self.features(input_ids, attention_mask)
-        logits: Tensor = self.scale * self.head(features)
+        logits: Tensor = self.scale * self.head(features.to(self.head.weight.dtype))
         return logits
 
 

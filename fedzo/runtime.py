@@ -21,6 +21,12 @@ def keep_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def release_memory() -> None:
+    """Return freed blocks to the system now, also those that `keep_memory` would keep. No effect elsewhere."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def import_bitsandbytes() -> None:
     """Import bitsandbytes, without code from the internet.
 

@@ -205,6 +205,7 @@ class DenseLinear:
             block = self.values.dense(point, slot.segment.offset + start * width, (stop - start) * width)
             at = bias if bias is None or step >= out else bias[start:stop]  # type: ignore[index]
             blocks.append(linear(x, block.view(stop - start, width).to(slot.dtype), at))  # type: ignore[arg-type]
+            del block  # before the next one is made
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
 
 

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fedzo.errors import SpaceError
+from fedzo.runtime import release_memory
+
+# Entries of replaced parameters after which their memory goes back to the system.
+_RELEASE = 2**24
 
 Part = tuple[str, tuple[int, ...], Tensor | None, Tensor | None]
 
@@ -120,10 +124,16 @@ class TrainableSpace:
             if segment.indices is not None:
                 raise SpaceError(f"parameter {segment.name} is trained in part and cannot become a view of theta")
         theta = torch.empty(self.size, dtype=dtype, device=device)
+        freed = 0
         for segment in self.segments:
             view = _view(theta, segment)
             view.copy_(parameters[segment.name].detach())
             parameters[segment.name].data = view
+            freed += segment.size
+            if freed >= _RELEASE:
+                release_memory()
+                freed = 0
+        release_memory()
         return theta
 
     def bound(self, model: nn.Module) -> Tensor | None:

@@ -1,0 +1,406 @@
+"""Which parameters should zeroth order train? Sensitive, random and magnitude masks against full and LoRA, on SST-2.
+
+    python simulations/sparse_vs_full.py [--models NAMES] [--methods NAMES] [--jobs N] [--report] [--quick]
+
+Every method gets the same number of forward passes (one forward is one pass over a client's batch) in the same
+federated run: 2 clients with iid data, shared seeds, one two-point query a step. The claim under test is of Guo et al.,
+arXiv 2406.02913: zeroth order on the 0.1% most sensitive parameters beats zeroth order on all. What is the same for
+all: token embeddings are frozen, an encoder's classification head starts from the label texts and is trained.
+`head` (the head alone) is the line that an encoder's other methods must beat.
+
+The learning rate is chosen for each method on validation loss, with one budget for all: a start from a probe, then
+`--trials` runs of `--trial-forwards` forwards with a seed that no reported run has, each a factor 3 away from the best
+rate so far. The start is what lowers the loss most in one step, |gradient|^2 / (E[g^2] z'Hz), with g the projected
+gradient on a round's examples (so E[g^2] is |gradient|^2 plus the variance from sampling them) and z'Hz the curvature
+along a random direction. The test split is absent from probes and trials; in reported runs it is evaluated on a replay
+of the ledger.
+
+Every run is a process with one thread; its result is a JSON file under --out, so that a stopped comparison goes on
+where it was. Writes table.md and accuracy.png there and ends with one line of JSON.
+"""
+
+import fedzo  # noqa: F401  # isort: skip  (before torch: it sets what OpenMP reads when it loads)
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedzo import engine
+from fedzo.config import Config, flatten, from_flat, load_config
+from fedzo.errors import FedzoError
+from fedzo.estimators import ESTIMATORS, Estimate
+from fedzo.evaluation import losses_from_scores
+from fedzo.experiment import Experiment
+from fedzo.federation.coordinator import RoundSummary
+from fedzo.run_folder import RunFolder, strict_json, write_atomically
+from fedzo.runtime import keep_memory
+
+CLIENTS, BATCH = 2, 16
+FORWARDS_A_ROUND = 2 * CLIENTS
+TUNING_SEED = 1000
+FACTOR = 3.0
+SLOPES, CURVATURES, LEAST_RISE = 8, 2, 3e-3  # directions of a probe; the curvature hardly differs between them
+
+Result = dict[str, Any]
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its task.
+
+    Attributes:
+        config: its model, task and data.
+        embeddings: pattern of the parameters that no method trains.
+        forwards, trial_forwards: the default budgets.
+    """
+
+    config: str
+    embeddings: str
+    forwards: int
+    trial_forwards: int
+
+
+SUBJECTS = {
+    "minilm-l6": Subject("configs/sst2-minilm.toml", "*word_embeddings*", 800, 320),
+    "reviews-6m": Subject("configs/sst2-reviews.toml", "*embed_tokens*", 1600, 640),
+    "embedded": Subject("configs/demo.toml", "*embed_tokens*", 400, 160),
+}
+METHODS: dict[str, dict[str, str]] = {
+    "sensitive": {"space.kind": "sparse", "space.mask": "sensitive"},
+    "random": {"space.kind": "sparse", "space.mask": "random"},
+    "magnitude": {"space.kind": "sparse", "space.mask": "magnitude"},
+    "full": {"space.kind": "full"},
+    "lora": {"space.kind": "adapter", "space.adapter": "lora"},
+    "head": {"space.kind": "full", "space.include": "head.*"},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One process's work: a probe, a trial of a learning rate, or a reported run."""
+
+    kind: str
+    subject: str
+    method: str
+    seed: int
+    forwards: int = 0
+    learning_rate: float = 1e-3
+
+    @property
+    def name(self) -> str:
+        rate = f"-{self.forwards}-{self.learning_rate:.3g}" if self.kind != "probe" else ""
+        return f"{self.kind}-{self.subject}-{self.method}-{self.seed}{rate}"
+
+    def config(self, size: Mapping[str, Any]) -> Config:
+        """The run of this cell; size limits its data."""
+        subject = SUBJECTS[self.subject]
+        rounds = max(1, self.forwards // FORWARDS_A_ROUND)
+        changes: dict[str, Any] = {
+            "seed": self.seed,
+            "space.include": "*",
+            "space.exclude": subject.embeddings,
+            "space.density": 0.001,
+            "data.clients": CLIENTS,
+            "data.partition": "iid",
+            "method.queries": 1,
+            "method.batch_size": BATCH,
+            "method.learning_rate": self.learning_rate,
+            "method.schedule": "linear",
+            "federation.rounds": rounds,
+            "federation.seeds": "shared",
+            "federation.digest_every": max(1, rounds // 8),
+            "evaluation.every": max(1, rounds // 8) if self.kind == "run" else 0,
+            "runtime.threads": 1,
+            "runtime.device": "cpu",
+        }
+        if self.kind != "run":
+            changes["data.test"] = ""
+        flat = flatten(load_config(Path(subject.config))) | changes | METHODS[self.method] | dict(size)
+        return from_flat(flat, self.name).resolved()
+
+
+class Clock:
+    """An observer that notes when rounds end, in seconds of the process's own CPU time: neighbours do not count."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def round(self, summary: RoundSummary) -> None:
+        self.times.append(time.process_time())
+
+    def evaluation(self, rounds: int, split: str, metrics: dict[str, float]) -> None:
+        pass
+
+    def seconds_a_round(self) -> float:
+        """The median, so that rounds with an evaluation between them do not count."""
+        return float(np.median(np.diff(self.times))) if len(self.times) > 1 else math.nan
+
+
+def train(experiment: Experiment, folder: RunFolder) -> Result:
+    """Runs a cell's run; the test split's metrics at every quarter come from a replay of its ledger."""
+    clock = Clock()
+    with engine.run(experiment, folder, [clock]) as ledger:
+        spec, test = ledger.spec, ledger.evaluations("test")
+        if experiment.test is not None:
+            replica = experiment.replica(spec)
+            quarters = {spec.rounds * quarter // 4 for quarter in range(1, 4)} - set(test)
+            for entry in ledger.read():
+                replica.apply([entry.records()])
+                if replica.rounds in quarters:
+                    test[replica.rounds] = experiment.evaluate(replica.theta, experiment.test)
+        return {
+            "trainable": spec.size,
+            "rounds": spec.rounds,
+            "ledger_hash": ledger.head.hex(),
+            "cpu_seconds_a_round": clock.seconds_a_round(),
+            "validation": dict(sorted(ledger.evaluations("validation").items())),
+            "test": dict(sorted(test.items())),
+        }
+
+
+def probe(experiment: Experiment) -> Result:
+    """The learning rate to start from: share of signal in g^2, over z'Hz, at theta0 and a round's number of examples.
+
+    The curvature is a second difference over +/- eps with the least eps = 1e-3, 4e-3, ... at which the loss rises by
+    `LEAST_RISE`: about the distance of one good step, and far above rounding.
+    """
+    theta, data, method = experiment.theta0(), experiment.client_data(0), experiment.config.method
+    batch = data.batch(np.arange(min(CLIENTS * BATCH, len(data))))
+    estimator = ESTIMATORS[method.estimator]()
+    loss = float(losses_from_scores(experiment.evaluator.scores(theta, batch), batch.labels.cpu()).double().mean())
+
+    def query(directions: int, eps: float) -> Estimate:
+        steps = estimator.estimate(theta, batch, range(directions), eps, method.directions)
+        try:
+            request = next(steps)
+            while True:
+                request = steps.send(experiment.evaluator.losses(request))
+        except StopIteration as stop:
+            estimate: Estimate = stop.value
+            return estimate
+
+    projected = query(SLOPES, method.eps).projected
+    square = float((projected.mean(1) ** 2).mean())
+    noise = float(projected.var(1, ddof=1).mean()) / len(batch)
+    signal = max(1 - noise / square, 0.1)
+    eps, rise = method.eps, 0.0
+    for rung in range(8):
+        eps = method.eps * 4.0**rung
+        rise = query(CURVATURES, eps).loss - loss
+        if rise > LEAST_RISE:
+            break
+    curvature = 2 * max(rise, 1e-6) / eps**2
+    return {"learning_rate": signal / curvature, "gradient": math.sqrt(square), "signal": signal,
+            "curvature": curvature, "eps": eps}  # fmt: skip
+
+
+def work(cell: Cell, size: Mapping[str, Any], out: Path) -> None:
+    """A process of its own: does a cell and writes its result."""
+    keep_memory()
+    started = time.perf_counter()
+    try:
+        config = cell.config(size)
+        experiment = Experiment(config)
+        if cell.kind == "probe":
+            result = probe(experiment)
+        else:
+            path = out / "runs" / cell.name
+            folder = RunFolder.open(path) if (path / "config.toml").is_file() else RunFolder.create(path, config)
+            result = train(experiment, folder)
+    except FedzoError as error:
+        sys.exit(f"{cell.name}: {error}")
+    write_atomically(out / f"{cell.name}.json", strict_json(result | {"seconds": time.perf_counter() - started}))
+
+
+def player(out: Path, size: Mapping[str, Any], report: bool) -> Callable[[Cell], Result | None]:
+    """Gives a cell's result: from its file, else by doing it; None when it failed or, for a report, is not there."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedzo.engine", "peft", "transformers.models.auto.modeling_auto"])
+
+    def play(cell: Cell) -> Result | None:
+        path = out / f"{cell.name}.json"
+        if not path.exists() and not report:
+            process = context.Process(target=work, args=(cell, size, out))
+            process.start()
+            process.join()
+            if path.exists():
+                print(f"{cell.name}: {describe(json.loads(path.read_text()))}", flush=True)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    return play
+
+
+def describe(result: Result) -> str:
+    if "curvature" in result:
+        return "start at {learning_rate:.3g} (curvature {curvature:.3g}), {seconds:.0f} s".format(**result)
+    before, after = endpoints(result["validation"], "loss")
+    return (f"validation loss {before:.4f} -> {after:.4f}, {result['cpu_seconds_a_round']:.3f} CPU s a round, "
+            f"{result['seconds']:.0f} s")  # fmt: skip
+
+
+def endpoints(evaluations: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """A metric at the first and the last evaluation; infinite where it was not finite."""
+    values = [math.inf if metrics[name] is None else metrics[name] for metrics in evaluations.values()]
+    return values[0], values[-1]
+
+
+def next_exponent(tried: Mapping[int, float]) -> int:
+    """Where to look next, in powers of the factor: the untried neighbour of the lowest loss, the smaller one first."""
+    best = min(tried, key=lambda k: tried[k], default=0)
+    return min({best + d for d in range(-len(tried), len(tried) + 1)} - set(tried), key=lambda k: (abs(k - best), k))
+
+
+def tune(play: Callable[[Cell], Result | None], pair: Pair, forwards: int, trials: int) -> float | None:
+    """The learning rate of a method on a model, None when a part of the search failed or is not there."""
+    start = play(Cell("probe", *pair, TUNING_SEED))
+    if start is None:
+        return None
+    losses: dict[int, float] = {}
+    for _ in range(trials):
+        exponent = next_exponent(losses)
+        trial = play(Cell("trial", *pair, TUNING_SEED, forwards, start["learning_rate"] * FACTOR**exponent))
+        if trial is None:
+            return None
+        losses[exponent] = endpoints(trial["validation"], "loss")[1]
+    best: int = min(losses, key=lambda k: losses[k])
+    return float(start["learning_rate"] * FACTOR**best)
+
+
+def curve(runs: Sequence[Result], split: str, name: str) -> list[tuple[int, float, float, float]]:
+    """(forwards, mean, least, largest) over the seeds at every evaluation."""
+    points = [int(rounds) for rounds in runs[0][split]]
+    values = [[run[split][str(rounds)][name] for run in runs] for rounds in points]
+    return [
+        (FORWARDS_A_ROUND * rounds, statistics.fmean(at), min(at), max(at))
+        for rounds, at in zip(points, values, strict=True)
+    ]
+
+
+def row(pair: Pair, rate: float, runs: Sequence[Result]) -> Result:
+    """The figures of a method on a model."""
+    test = curve(runs, "test", "accuracy")
+    figures: Result = {"model": pair[0], "method": pair[1], "trainable": runs[0]["trainable"], "learning_rate": rate,
+                       "seeds": len(runs), "forwards": test[-1][0]}  # fmt: skip
+    for split in ("validation", "test"):
+        for name in ("accuracy", "loss"):
+            points = curve(runs, split, name)
+            figures[f"{split}_{name}_before"] = round(points[0][1], 4)
+            for suffix, value in zip(("", "_min", "_max"), points[-1][1:], strict=True):
+                figures[f"{split}_{name}{suffix}"] = round(value, 4)
+    figures["test_accuracy_over_run"] = round(statistics.fmean(point[1] for point in test[1:]), 4)
+    figures["cpu_seconds_a_round"] = round(statistics.median(run["cpu_seconds_a_round"] for run in runs), 3)
+    figures["test_accuracy_curve"] = [[forwards, *(round(v, 4) for v in at)] for forwards, *at in test]
+    return figures
+
+
+def table(rows: Iterable[Result]) -> str:
+    """Markdown: mean and, in brackets, range over the seeds."""
+    lines = [
+        "| Model | Method | Trainable | Learning rate | Validation loss | Validation accuracy "
+        "| Test accuracy: before | 1/4 | 1/2 | 3/4 | all forwards |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [r["model"], r["method"], f"{r['trainable']:,}", f"{r['learning_rate']:.2g}"]
+        cells.append("{validation_loss:.4f} ({validation_loss_min:.4f} to {validation_loss_max:.4f})".format(**r))
+        cells.append(spread(r["validation_accuracy"], r["validation_accuracy_min"], r["validation_accuracy_max"]))
+        curve = r["test_accuracy_curve"]
+        cells += [f"{100 * curve[0][1]:.1f}%", *(spread(*point[1:]) for point in curve[1:])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(mean: float, least: float, largest: float) -> str:
+    return f"{100 * mean:.1f}% ({100 * least:.1f} to {100 * largest:.1f})"
+
+
+def plot(rows: Sequence[Result], path: Path) -> None:
+    """Test accuracy over forward passes, a panel a model: mean and, shaded, range over the seeds."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    figure = Figure(figsize=(5.6 * len(models), 4.2), dpi=150, layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        for r in rows:
+            if r["model"] == model:
+                forwards, mean, least, largest = zip(*r["test_accuracy_curve"], strict=True)
+                color = f"C{list(METHODS).index(r['method'])}"
+                axes.plot(forwards, mean, color=color, marker="o", markersize=3, label=r["method"])
+                axes.fill_between(forwards, least, largest, color=color, alpha=0.15, linewidth=0)
+        axes.set(title=model, xlabel="forward passes", ylabel="test accuracy")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="minilm-l6,reviews-6m", help=f"of {', '.join(SUBJECTS)}")
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--seeds", default="0,1,2", help="of the reported runs")
+    parser.add_argument("--forwards", type=int, default=0, help="forward passes of a reported run; 0: the model's own")
+    parser.add_argument("--trial-forwards", type=int, default=0, help="of a trial; 0: the model's own")
+    parser.add_argument("--trials", type=int, default=4, help="learning rates tried for each method")
+    parser.add_argument("--examples", type=int, default=8000, help="training examples of both clients")
+    parser.add_argument("--validation", type=int, default=400, help="validation examples")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/sparse-vs-full"))
+    parser.add_argument("--report", action="store_true", help="only table and plot, of what is there")
+    parser.add_argument("--quick", action="store_true", help="the embedded model, a tiny budget")
+    args = parser.parse_args()
+    if args.quick:
+        args.models, args.seeds, args.trials = "embedded", "0,1", 2
+        args.forwards, args.trial_forwards, args.examples, args.validation = 32, 16, 200, 40
+    args.out.mkdir(parents=True, exist_ok=True)
+    size = {"data.limit": args.examples, "evaluation.limit": args.validation}
+    play = player(args.out, size, args.report)
+    encoders = {name for name, s in SUBJECTS.items() if load_config(Path(s.config)).model.kind == "encoder"}
+    pairs = [
+        (model, method)
+        for model in args.models.split(",")
+        for method in args.methods.split(",")
+        if method != "head" or model in encoders
+    ]
+    with ThreadPoolExecutor(args.jobs) as threads:
+        # Both lists are short: a thread waits for one process at a time.
+        rates = dict(zip(pairs, threads.map(
+            lambda p: tune(play, p, args.trial_forwards or SUBJECTS[p[0]].trial_forwards, args.trials), pairs
+        ), strict=True))  # fmt: skip
+        # By seed, so that a comparison that was stopped holds every method on the first ones.
+        cells = [
+            Cell("run", *pair, int(seed), args.forwards or SUBJECTS[pair[0]].forwards, rate)
+            for seed in filter(None, args.seeds.split(","))
+            for pair, rate in rates.items()
+            if rate is not None
+        ]
+        results = dict(zip(cells, threads.map(play, cells), strict=True))
+    rows = []
+    for pair, rate in rates.items():
+        runs = [r for cell, r in results.items() if r is not None and (cell.subject, cell.method) == pair]
+        if rate is not None and runs:
+            rows.append(row(pair, rate, runs))
+    if rows:
+        write_atomically(args.out / "table.md", table(rows))
+        plot(rows, args.out / "accuracy.png")
+        print(table(rows))
+    missing = [cell.name for cell, result in results.items() if result is None]
+    missing += [f"{model}-{method}" for (model, method), rate in rates.items() if rate is None]
+    print(json.dumps({"batch_size": BATCH, "clients": CLIENTS, "missing": missing, "rows": rows}))
+    if missing and not args.report:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

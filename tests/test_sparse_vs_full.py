@@ -1,0 +1,78 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import small_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def simulation() -> ModuleType:
+    path = ROOT / "simulations" / "sparse_vs_full.py"
+    spec = importlib.util.spec_from_file_location("sparse_vs_full", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rates_are_looked_for_beside_the_best(simulation: ModuleType) -> None:
+    def tried(losses: dict[int, float]) -> list[int]:
+        found: dict[int, float] = {}
+        while len(found) < 4:
+            exponent = simulation.next_exponent(found)
+            found[exponent] = losses[exponent]
+        return list(found)
+
+    assert tried({0: 1.0, -1: 0.9, -2: 0.8, -3: 0.7}) == [0, -1, -2, -3]
+    assert tried({0: 1.0, -1: 1.1, 1: 0.9, 2: 0.95}) == [0, -1, 1, 2]
+    assert tried({0: float("inf"), -1: 0.9, -2: 0.95, 1: 1.0, -3: 1.0}) == [0, -1, -2, -3]
+
+
+def test_test_split_and_head_are_kept_from_trials(simulation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for kind, test in (("probe", ""), ("trial", ""), ("run", "dev.jsonl")):
+        config = simulation.Cell(kind, "minilm-l6", "full", 0, 40).config({})
+        assert config.data.test == test
+        assert config.federation.rounds * config.data.clients * config.method.queries * 2 in (40, 4)
+        assert config.space.include == ("*",) and config.space.exclude == ("*word_embeddings*",)
+
+
+def test_a_comparison_and_its_report(
+    simulation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    data = {"data.source": str(small_runs.make_data(tmp_path / "data", test=40)), "data.validation": "validation"}
+    method, seed = "sensitive", simulation.TUNING_SEED
+    pair = ("embedded", method)
+
+    def result(cell: object) -> dict[str, object]:
+        simulation.work(cell, data, tmp_path)
+        found: dict[str, object] = json.loads((tmp_path / f"{cell.name}.json").read_text())
+        return found
+
+    start = result(simulation.Cell("probe", *pair, seed))
+    rate = start["learning_rate"]
+    assert 0 < rate < 1e3 and 0.1 <= start["signal"] <= 1
+    trial = result(simulation.Cell("trial", *pair, seed, 8, rate))
+    assert trial["test"] == {} and list(trial["validation"]) == ["0", "2"]
+    run = result(simulation.Cell("run", *pair, 0, 16, rate))
+    assert list(run["test"]) == ["0", "1", "2", "3", "4"]
+    assert run["test"]["0"] != run["test"]["4"]
+
+    options = ["--models", "embedded", "--methods", f"{method},head", "--trials", "1", "--forwards", "16"]
+    options += ["--trial-forwards", "8", "--seeds", "0,1", "--out", str(tmp_path), "--report"]
+    monkeypatch.setattr(sys, "argv", ["sparse_vs_full.py", *options])
+    simulation.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (row,) = figures["rows"]
+    assert figures["missing"] == [simulation.Cell("run", *pair, 1, 16, rate).name]
+    assert (row["method"], row["seeds"], row["forwards"], row["learning_rate"]) == (method, 1, 16, rate)
+    assert row["test_accuracy_curve"][-1][1] == round(run["test"]["4"]["accuracy"], 4)
+    assert f"| embedded | {method} |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "accuracy.png").stat().st_size > 5000

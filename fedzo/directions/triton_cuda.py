@@ -47,7 +47,8 @@ def _split(words, lanes: tl.constexpr):
 def _add(values, seed, c, block, table, words: tl.constexpr, lanes: tl.constexpr):
     """values [words, lanes] + c z, z from Philox block ``block`` on."""
     parts = _split(_words(seed, block, words), lanes)
-    return values + (tl.load(table + parts) * c if lanes == 2 else tl.where(parts != 0, c, -c))
+    # c * -1.0, since Triton 3.2 takes -c for 0 - c, which loses the sign of a zero.
+    return values + (tl.load(table + parts) * c if lanes == 2 else tl.where(parts != 0, c, c * -1.0))
 
 
 @triton.jit

@@ -330,6 +330,7 @@ def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path), "causal")
 
 
+@pytest.mark.slow  # it imports everything anew
 def test_nothing_is_asked_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n    raise SystemExit('asked the hub')\n")
     program = """

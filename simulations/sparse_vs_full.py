@@ -73,8 +73,8 @@ class Subject:
 
 
 SUBJECTS = {
-    "minilm-l6": Subject("configs/sst2-minilm.toml", "*word_embeddings*", 800, 320),
-    "reviews-6m": Subject("configs/sst2-reviews.toml", "*embed_tokens*", 1600, 640),
+    "minilm-l6": Subject("configs/sst2-minilm.toml", "*word_embeddings*", 640, 240),
+    "reviews-6m": Subject("configs/sst2-reviews.toml", "*embed_tokens*", 800, 320),
     "embedded": Subject("configs/demo.toml", "*embed_tokens*", 400, 160),
 }
 METHODS: dict[str, dict[str, str]] = {
@@ -120,8 +120,8 @@ class Cell:
             "method.schedule": "linear",
             "federation.rounds": rounds,
             "federation.seeds": "shared",
-            "federation.digest_every": max(1, rounds // 8),
-            "evaluation.every": max(1, rounds // 8) if self.kind == "run" else 0,
+            "federation.digest_every": max(1, rounds // 4),
+            "evaluation.every": max(1, rounds // 4) if self.kind == "run" else 0,
             "runtime.threads": 1,
             "runtime.device": "cpu",
         }
@@ -353,10 +353,10 @@ def main() -> None:
     parser.add_argument("--forwards", type=int, default=0, help="forward passes of a reported run; 0: the model's own")
     parser.add_argument("--trial-forwards", type=int, default=0, help="of a trial; 0: the model's own")
     parser.add_argument("--trials", type=int, default=4, help="learning rates tried for each method")
-    parser.add_argument("--examples", type=int, default=8000, help="training examples of both clients")
+    parser.add_argument("--examples", type=int, default=6000, help="training examples of both clients together")
     parser.add_argument("--validation", type=int, default=400, help="validation examples")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs/sparse-vs-full"))
+    parser.add_argument("--out", type=Path, default=Path("runs/sparse-vs-full"), help="one for each --examples")
     parser.add_argument("--report", action="store_true", help="only table and plot, of what is there")
     parser.add_argument("--quick", action="store_true", help="the embedded model, a tiny budget")
     args = parser.parse_args()

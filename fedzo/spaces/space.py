@@ -13,7 +13,7 @@ from fedzo.errors import SpaceError
 from fedzo.runtime import release_memory
 
 # Entries of replaced parameters after which their memory goes back to the system.
-_RELEASE = 2**24
+_RELEASE = 2**22
 
 Part = tuple[str, tuple[int, ...], Tensor | None, Tensor | None]
 

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedzo.cache import ArtifactCache
-from fedzo.config import Scalar, from_flat
+from fedzo.config import Config, Scalar, from_flat
 from fedzo.engine import Bases, answer
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.experiment import Experiment
@@ -46,7 +46,13 @@ def _resident(flower_run: int, run_config: tuple[tuple[str, Scalar], ...], spec:
         if data is None:
             raise _MissingError
         mask = Mask.from_bytes(data, f"mask {run.mask[:12]}")
-    return Bases(config, run, lambda own: Experiment(own, mask))
+    first: list[Experiment] = []
+
+    def make(own: Config) -> Experiment:
+        first[:] = first or [Experiment(own, mask)]
+        return first[0].on_base(own.model.quantisation)
+
+    return Bases(config, run, make)
 
 
 class _MissingError(Exception):

@@ -49,11 +49,11 @@ class Bases:
 
     Args:
         config: the run's; says which client is on which base.
-        first: makes the first experiment from a client's configuration; the others share its data.
+        make: an experiment from a client's configuration; called once for each base.
     """
 
-    def __init__(self, config: Config, spec: RunSpec, first: Callable[[Config], Experiment]) -> None:
-        self._config, self._spec, self._first = config, spec, first
+    def __init__(self, config: Config, spec: RunSpec, make: Callable[[Config], Experiment]) -> None:
+        self._config, self._spec, self._make = config, spec, make
         self.kept: dict[str, tuple[Experiment, Replica]] = {}
 
     def of(self, client: int) -> tuple[Experiment, Replica]:
@@ -61,8 +61,7 @@ class Bases:
         config = self._config.for_client(client)
         base = config.model.quantisation
         if base not in self.kept:
-            some = next(iter(self.kept.values()), None)
-            experiment = self._first(config) if some is None else some[0].on_base(base)
+            experiment = self._make(config)
             self.kept[base] = experiment, experiment.replica(self._spec)
         return self.kept[base]
 

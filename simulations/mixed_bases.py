@@ -31,7 +31,7 @@ from fedzo.runtime import keep_memory
 BASES: tuple[Quantisation, ...] = ("nf4", "int8", "none")
 EMBEDDED = (
     "space.kind=sparse", "space.mask=sensitive", "space.density=0.001", "space.exclude=*embed*", "data.clients=9",
-    "method.queries=4", "method.learning_rate=3e-3", "evaluation.every=0",
+    "method.queries=4", "method.learning_rate=0.1", "evaluation.every=0",
 )  # fmt: skip
 
 
@@ -73,12 +73,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path)
     parser.add_argument("-o", "--override", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rounds", type=int, help="default: 200, or what the configuration says")
+    parser.add_argument("--rounds", type=int, help="default: 60, or what the configuration says")
     parser.add_argument("--engine", choices=("local", "flower"), default="local")
     parser.add_argument("--quick", action="store_true", help="four rounds, few examples")
     args = parser.parse_args()
     keep_memory()
-    overrides = [] if args.config else [*EMBEDDED, "federation.rounds=200"]
+    overrides = [] if args.config else [*EMBEDDED, "federation.rounds=60"]
     overrides += [f"federation.rounds={args.rounds}"] if args.rounds else []
     if args.quick:
         overrides += ["federation.rounds=4", "data.limit=200", "evaluation.limit=50", "space.calibration_examples=16"]

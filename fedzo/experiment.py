@@ -198,10 +198,13 @@ class Experiment:
                 raise DataError(f"calibration text {path} cannot be read: {error}") from None
             length, examples = self.config.model.max_length, section.calibration_examples
             batches = text_batches(base, text, length=length, examples=examples, seed=seed)
-            return batches, {"text": hashlib.sha256(text.encode()).hexdigest(), "examples": examples, "length": length}
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            return batches, {"text": digest, "examples": examples, "length": length, "calibration_seed": seed}
         chosen = choose(derive(seed, "calibration"), len(self._train), section.calibration_examples)
         data = EncodedDataset(self.task, [self._train[i] for i in chosen])
-        return [data.batch([i]) for i in range(len(data))], {"task": self.task.name, "examples": len(data)}
+        return [data.batch([i]) for i in range(len(data))], {
+            "task": self.task.name, "examples": len(data), "calibration_seed": seed
+        }  # fmt: skip
 
     def _task(self, loaded: LoadedModel) -> Task:
         section = self.config.task

@@ -16,7 +16,7 @@ from fedzo.evaluation.products import SparsePattern, add_sparse, linear
 from fedzo.spaces import Segment
 
 # Rows of a matrix with more entries than this are perturbed and multiplied in blocks, which bounds the scratch.
-BLOCK = 2**24
+BLOCK = 2**22
 # A mask with more than this part of a matrix's entries is written into a copy of the matrix instead of added sparsely.
 DENSE = 0.02
 

@@ -25,8 +25,9 @@ from transformers import (
 
 from fedzo.directions import fill
 from fedzo.errors import ConfigError, SpaceError
-from fedzo.evaluation import Batch, Evaluator, LossRequest, TokenTargets, candidate_scores, losses_from_scores
+from fedzo.evaluation import Batch, Evaluator, LossRequest, TokenTargets, candidate_scores, layers, losses_from_scores
 from fedzo.evaluation import evaluator as evaluator_module
+from fedzo.quantisation import quantise
 from fedzo.spaces import TrainableSpace, draw_mask, full, sparse
 
 VOCAB = 64
@@ -187,6 +188,63 @@ def test_paired_is_bit_equal_to_one_at_a_time(name: str, kind: str, way: str) ->
     else:
         assert torch.equal(together, alone)
     assert untouched(model, before, hooked)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["llama-tied", "opt"])
+def test_sparse_entries_beside_a_quantised_weight(name: str, kind: str) -> None:
+    """Against a float32 model whose weights are the dequantised ones with theta written into them."""
+    pytest.importorskip("bitsandbytes")
+    model, batch = build(name), make_batch()
+    mask = draw_mask(model, 0.05, "random", "f" * 64, seed=1)
+    by_hand, plain_space = copy.deepcopy(model), sparse(model, mask)
+    quantise(model, kind, masked={entry.name: entry.indices for entry in mask.entries})
+    space = sparse(model, mask)
+    theta = space.theta0(model) + 0.01 * torch.randn(space.size)
+    assert space.hash == plain_space.hash and torch.equal(space.theta0(model), plain_space.theta0(by_hand))
+    with torch.no_grad():
+        for layer_name, layer in model.named_modules():
+            if hasattr(layer, "dequantised"):
+                by_hand.get_submodule(layer_name).weight.copy_(layer.dequantised())
+    before, hooked = bits(model), hooks(model)
+    request = LossRequest(theta, batch, (0.02, -0.02), seeds=(12, 13))
+    losses = Evaluator(model, space, "paired").losses(request)
+    assert torch.equal(losses, Evaluator(model, space, "sequential").losses(request))
+    assert list(bits(model)) == list(before) and all(torch.equal(bits(model)[n], before[n]) for n in before)
+    assert hooks(model) == hooked
+    for seed, found in zip((12, 13), losses, strict=True):
+        z = fill(torch.empty(space.size), seed, "rademacher")
+        for a, row in zip((0.02, -0.02), found, strict=True):
+            plain_space.write(by_hand, theta + torch.tensor(a) * z)
+            torch.testing.assert_close(row.double(), plain_losses(by_hand, batch), rtol=2e-5, atol=2e-6)
+
+
+def test_a_quantised_weight_is_not_trained_as_a_whole() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = build("opt")
+    quantise(model, "nf4")
+    with pytest.raises(SpaceError, match=r"q_proj.weight .*quantised"):
+        Evaluator(model, full(model, include=["*q_proj.weight"]))
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_bfloat16_theta_is_perturbed_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "BLOCK", 500)  # so that even these matrices are computed in blocks
+    model, batch = build(name), make_batch()
+    space = full(model)
+    by_hand = copy.deepcopy(model)
+    theta = space.adopt(model, torch.bfloat16)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    before, hooked = bits(model), hooks(model)
+    request = LossRequest(theta, batch, (1e-3, -1e-3, 0.0), seeds=(12, 13))
+    losses = Evaluator(model, space, "paired").losses(request)
+    assert torch.equal(losses, Evaluator(model, space, "sequential").losses(request)) or name == "gpt2"
+    assert untouched(model, before, hooked)
+    for seed, found in zip((12, 13), losses, strict=True):
+        z = fill(torch.empty(space.size), seed, "rademacher")
+        for a, row in zip((1e-3, -1e-3, 0.0), found, strict=True):
+            space.write(by_hand, theta.float() + torch.tensor(a) * z)
+            torch.testing.assert_close(row.double(), plain_losses(by_hand, batch), rtol=2e-5, atol=2e-6)
 
 
 def test_auto_decides_on_the_first_batch() -> None:

@@ -160,7 +160,8 @@ class MetricsLog:
             self._file.flush()
 
     def _plot_round(self, summary: Mapping[str, Any]) -> None:
-        values = {name: summary[name] for name in ("loss", "accepted", "bytes_up", "bytes_down", "max_scalar")}
+        plotted = ("loss", "accepted", "bytes_up", "bytes_down", "artifact_bytes", "max_scalar")
+        values = {name: summary[name] for name in plotted}
         values["dropped"] = sum(summary["dropped"].values())
         self._plot({f"round/{name}": value for name, value in values.items()}, summary["round"] + 1)
 

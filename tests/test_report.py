@@ -34,7 +34,7 @@ class Base:
 def summary(round_: int, loss: float | None = 0.5, **changes: Any) -> RoundSummary:
     values = {
         "round": round_, "sampled": 4, "accepted": 4, "dropped": {}, "loss": loss, "bytes_down": 400, "bytes_up": 40,
-        "scalars": 3, "max_scalar": 1.5,
+        "artifact_bytes": 7, "scalars": 3, "max_scalar": 1.5,
     }  # fmt: skip
     return RoundSummary(**{**values, **changes})
 
@@ -67,7 +67,12 @@ def test_traffic_is_of_an_average_client(tmp_path: Path) -> None:
 def test_figures(tmp_path: Path) -> None:
     with write(tmp_path) as ledger:
         empty = summarise(ledger)
-        assert "best_round" not in empty
+        assert "best_round" not in empty and "bases" not in empty and empty["artifact_bytes"] == 21
+        of = {"examples": 9, "compute_dtype": "float32"}
+        ledger.record_members({0: {**of, "quantisation": "nf4"}, 3: {**of, "quantisation": "int8"}})
+        ledger.record_members({1: {**of, "quantisation": "nf4"}, 2: {**of, "quantisation": "none"}})
+        ledger.record_members({3: {**of, "quantisation": "none", "compute_dtype": "bfloat16"}})
+        assert summarise(ledger)["bases"] == {"nf4": 2, "none": 1, "none in bfloat16": 1}
         assert "test_loss" not in empty
         for rounds, accuracy in ((0, 0.5), (2, 0.75), (3, 0.75)):
             ledger.record_evaluation(rounds, "validation", {"loss": 1.0, "accuracy": accuracy})
@@ -182,7 +187,7 @@ def test_a_full_disk_under_the_metrics_is_one_error(
         if full == "events.out":
             if log._events is None:
                 pytest.skip("tensorboard is not installed")
-            for number in range(3, 23):  # until the events are the larger file
+            for number in range(3, 63):  # until the events are the larger file
                 log.round(summary(number))
             size = next(folder.events.iterdir()).stat().st_size
             assert size > folder.metrics.stat().st_size + 200

@@ -84,7 +84,7 @@ def test_resume_makes_log_and_events_anew(tmp_path: Path) -> None:
     folder, run = played(tmp_path, 1)
     log = MetricsLog(folder, run.ledger)
     run.round()  # committed, but the process dies before it is noted
-    lost = RoundSummary(7, 1, 1, {}, 9.0, 1, 1, 1, 1.0)
+    lost = RoundSummary(7, 1, 1, {}, 9.0, 1, 1, 0, 1, 1.0)
     log.round(lost)  # and this was noted, but is not in the ledger
     log._file.write('{"event": "rou')  # half a line
     log.close()

@@ -10,8 +10,8 @@ is the peak from there on (on CUDA: of torch's allocator).
     steps        two-point steps: losses at theta + eps z and theta - eps z, one after the other, then the update
     paired       the same, both losses in one doubled batch: more activations for less time
 
-The largest layer is the largest parameter in theta's dtype. With --accuracy: the same run with either dtype, from the
-base model, on SST-2.
+The largest layer is the largest parameter in theta's dtype. With --accuracy: the same run on SST-2 with either dtype,
+from the base model and a random head.
 
     python simulations/bench_bf16.py [--quick] [--accuracy] [--threads N]
 """
@@ -149,7 +149,7 @@ def memory(shape: tuple[int, int], count: int, threads: int, device: str, quick:
     return rows
 
 
-def accuracy(rounds: int, seeds: int, threads: int, limit: int) -> list[dict[str, object]]:
+def accuracy(rounds: int, seeds: int, learning_rate: float, threads: int, limit: int) -> list[dict[str, object]]:
     """minilm-l6 on SST-2 from the same configuration with either dtype: accuracy on the test split over the run."""
     from fedzo.config import from_flat
     from fedzo.engine import run
@@ -165,8 +165,9 @@ def accuracy(rounds: int, seeds: int, threads: int, limit: int) -> list[dict[str
                     "seed": seed, "model.source": str(MODEL), "model.kind": "encoder", "model.max_length": 64,
                     "space.kind": "full", "space.include": body, "space.theta_dtype": name, "task.name": "sst2",
                     "data.source": str(DATA), "data.train": "train.jsonl", "data.test": "dev.jsonl",
-                    "data.validation_fraction": 0.015, "data.clients": 10, "data.limit": limit,
-                    "method.queries": 1, "method.batch_size": 32, "method.learning_rate": 2.5e-4,
+                    "data.validation_fraction": 0.015, "data.clients": 2, "data.limit": limit, "data.partition": "iid",
+                    "model.head": "random", "method.queries": 1, "method.batch_size": 16,
+                    "method.learning_rate": learning_rate,
                     "federation.rounds": rounds, "evaluation.every": 0, "evaluation.limit": 200,
                     "runtime.threads": threads,
                 }
@@ -192,6 +193,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps and rounds, bfloat16 only for memory")
     parser.add_argument("--accuracy", action="store_true", help="also the runs on SST-2, which need ../shared")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each dtype")
+    parser.add_argument("--rounds", type=int, default=120, help="of each of them")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name in ("--measure", "--dtype", "--count", "--shape"):
@@ -213,8 +216,8 @@ def main() -> None:
     if arguments.accuracy:
         if not (MODEL.is_dir() and DATA.is_dir()):
             raise SystemExit(f"--accuracy needs {MODEL} and {DATA}")
-        rounds, seeds, limit = (4, 1, 400) if arguments.quick else (280, arguments.seeds, 0)
-        result["accuracy"] = accuracy(rounds, seeds, arguments.threads, limit)
+        rounds, seeds, limit = (4, 1, 400) if arguments.quick else (arguments.rounds, arguments.seeds, 4000)
+        result["accuracy"] = accuracy(rounds, seeds, arguments.learning_rate, arguments.threads, limit)
     print(json.dumps(result))
 
 

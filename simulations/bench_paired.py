@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from bench_step import two_way_batch
@@ -61,6 +62,11 @@ def plain_loss(model: nn.Module, batch: Batch) -> float:
     return float(losses_from_scores(candidate_scores(model, batch), batch.labels).mean())
 
 
+def two_forwards(model: nn.Module, batch: Batch, _: int) -> None:
+    plain_loss(model, batch)
+    plain_loss(model, batch)
+
+
 def step(evaluator: Evaluator, theta: torch.Tensor, batch: Batch, seed: int) -> None:
     plus, minus = evaluator.losses(LossRequest(theta, batch, (EPS, -EPS), (seed,)))[0].mean(1).tolist()
     axpy(theta, seed, -LR * (plus - minus) / (2 * EPS), "rademacher")
@@ -75,23 +81,23 @@ def timed(function: Callable[[], object], device: str) -> float:
 
 
 def compare(space_kind: str, base: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    device = arguments.device
-    model, space = build(space_kind, base, device)
+    model, space = build(space_kind, base, arguments.device)
     rows = []
     for tokens, shape in SHAPES.items():
-        batch = two_way_batch(*shape).to(device)
+        batch = two_way_batch(*shape).to(arguments.device)
         theta = space.theta0(model)
-        evaluators = {"paired": Evaluator(model, space, "paired"), "sequential": Evaluator(model, space, "sequential")}
-        seconds: dict[str, list[float]] = {"two": [], "paired": [], "sequential": []}
-        turns = (6 if tokens < 1024 else 2) if arguments.quick else (41 if tokens < 1024 else 9)
-        for turn in range(-1, turns):  # the first is a warm-up, in which pairing checks itself
-            for name in [*seconds][turn % 3 :] + [*seconds][: turn % 3]:
-                if name == "two":
-                    taken = timed(lambda: (plain_loss(model, batch), plain_loss(model, batch)), device)
-                else:
-                    taken = timed(lambda n=name: step(evaluators[n], theta, batch, turn + 1), device)
-                if turn >= 0:
-                    seconds[name].append(taken)
+        ways: dict[str, Callable[[int], object]] = {
+            "two": partial(two_forwards, model, batch),
+            "paired": partial(step, Evaluator(model, space, "paired"), theta, batch),
+            "sequential": partial(step, Evaluator(model, space, "sequential"), theta, batch),
+        }
+        for way in ways.values():  # a warm-up, in which pairing checks itself
+            way(0)
+        turns = (5 if tokens < 1024 else 2) if arguments.quick else (31 if tokens < 1024 else 7)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(turns):
+            for name in [*ways][turn % 3 :] + [*ways][: turn % 3]:
+                seconds[name].append(timed(partial(ways[name], turn + 1), arguments.device))
         ratios = {
             name: round(statistics.median(a / b for a, b in zip(seconds[name], seconds["two"], strict=True)), 3)
             for name in ("paired", "sequential")

@@ -28,11 +28,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bench_step import two_way_batch
 from torch import nn
 
-from fedzo.evaluation import Batch, Evaluator, LossRequest, TokenTargets, candidate_scores
+from fedzo.evaluation import Evaluator, LossRequest, candidate_scores
 from fedzo.optimizers import SGD, Records, Schedule
-from fedzo.runtime import keep_memory
+from fedzo.runtime import keep_memory, release_memory
 from fedzo.spaces import full
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -49,25 +50,12 @@ def opt_125m(dtype: torch.dtype) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def two_way_batch(rows: int, length: int) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(4, 50_000, (rows, length), generator=generator)
-    targets = TokenTargets(
-        rows=torch.arange(rows).repeat_interleave(2),
-        positions=torch.full((2 * rows,), length - 1),
-        tokens=torch.tensor([372, 6587]).repeat(rows),
-        candidates=torch.arange(2 * rows),
-        num_candidates=2,
-    )
-    labels = torch.randint(0, 2, (rows,), generator=generator)
-    return Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, targets)
-
-
 def forget_peak(device: str) -> None:
     """Peaks count from here on."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
+        release_memory()
         Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -8,7 +8,8 @@ The space is LoRA (rank 8 on the query and value projections, PEFT's choice) or 
     one at a time  the same, a forward each
 
 The ways take turns; a figure is the median over the turns of its ratio to the same turn's two forwards. Peak memory is
-the peak resident set (CUDA: allocated memory) of a process of its own. Sizes are tokens of one half.
+the largest resident set (CUDA: allocated memory) of a process of its own after the model is built. Sizes are the tokens
+of one half.
 
     python simulations/bench_paired.py [--quick] [--threads N] [--device cpu]
 """
@@ -17,7 +18,6 @@ import fedzo  # noqa: F401  # isort: skip  (before torch: it sets what OpenMP re
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from bench_bf16 import forget_peak, peak
 from bench_step import two_way_batch
 from torch import nn
 
@@ -109,7 +110,7 @@ def compare(space_kind: str, base: str, arguments: argparse.Namespace) -> list[d
             "step_over_two_forwards": ratios["paired"],
             "sequential_over_two_forwards": ratios["sequential"],
             "two_forwards_ms": round(1e3 * statistics.median(seconds["two"]), 1),
-            **peak(space_kind, base, tokens, arguments),
+            **memory(space_kind, base, tokens, arguments),
         }
         rows.append(row)
         print(
@@ -121,7 +122,7 @@ def compare(space_kind: str, base: str, arguments: argparse.Namespace) -> list[d
     return rows
 
 
-def peak(space: str, base: str, tokens: int, arguments: argparse.Namespace) -> dict[str, int]:
+def memory(space: str, base: str, tokens: int, arguments: argparse.Namespace) -> dict[str, int]:
     """Peak memory in MiB of a step and of a plain forward, each in a process of its own."""
     found = {}
     for name, what in (("peak_mib", "paired"), ("peak_mib_two_forwards", "plain")):
@@ -134,8 +135,7 @@ def peak(space: str, base: str, tokens: int, arguments: argparse.Namespace) -> d
 def report_memory(space_kind: str, base: str, tokens: str, what: str, device: str) -> None:
     model, space = build(space_kind, base, device)
     batch = two_way_batch(*SHAPES[int(tokens)]).to(device)
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak(device)
     if what == "plain":
         plain_loss(model, batch)
     else:
@@ -143,10 +143,7 @@ def report_memory(space_kind: str, base: str, tokens: str, what: str, device: st
         evaluator = Evaluator(model, space, what)
         for seed in range(3):
             step(evaluator, theta, batch, seed)
-    if device == "cpu":
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-    else:
-        print(torch.cuda.max_memory_allocated() // 2**20)
+    print(peak(device) // 2**20)
 
 
 def main() -> None:

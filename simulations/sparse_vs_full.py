@@ -16,7 +16,8 @@ The learning rate is chosen for each method on validation loss, with one budget 
 `--trials` runs of `--trial-forwards` forwards with a seed that no reported run has, each a factor 3 away from the best
 rate so far. The start is what lowers the loss most in one step, |gradient|^2 / (E[g^2] z'Hz), with g the projected
 gradient on a round's examples (so E[g^2] is |gradient|^2 plus the variance from sampling them) and z'Hz the curvature
-along a random direction. The test split is absent from probes and trials; reported runs evaluate it first and last, and
+along a random direction, or the examples' own E[g^2] where that is larger: the empirical Fisher stands for a Hessian
+that is flat only at the start. The test split is absent from probes and trials; reported runs evaluate it first and last, and
 validation data in between.
 
 Every run is a process with one thread; its result is a JSON file under --out, so that a stopped comparison goes on
@@ -193,7 +194,8 @@ def probe(experiment: Experiment) -> Result:
 
     projected = query(SLOPES, method.eps).projected
     square = float((projected.mean(1) ** 2).mean())
-    noise = float(projected.var(1, ddof=1).mean()) / len(batch)
+    fisher = float(projected.var(1, ddof=1).mean())
+    noise = fisher / len(batch)
     signal = max(1 - noise / square, 0.1)
     eps, rise = method.eps, 0.0
     for rung in range(8):
@@ -201,7 +203,7 @@ def probe(experiment: Experiment) -> Result:
         rise = query(CURVATURES, eps).loss - loss
         if rise > LEAST_RISE:
             break
-    curvature = 2 * max(rise, 1e-6) / eps**2
+    curvature = max(2 * rise / eps**2, fisher)
     return {"learning_rate": signal / curvature, "gradient": math.sqrt(square), "signal": signal,
             "curvature": curvature, "eps": eps}  # fmt: skip
 

@@ -17,8 +17,8 @@ The learning rate is chosen for each method on validation loss, with one budget 
 rate so far. The start is what lowers the loss most in one step, |gradient|^2 / (E[g^2] z'Hz), with g the projected
 gradient on a round's examples (so E[g^2] is |gradient|^2 plus the variance from sampling them) and z'Hz the curvature
 along a random direction, or the examples' own E[g^2] where that is larger: the empirical Fisher stands for a Hessian
-that is flat only at the start. The test split is absent from probes and trials; reported runs evaluate it first and last, and
-validation data in between.
+that is flat only at the start. The test split is absent from probes and trials; reported runs evaluate it first and
+last, and validation data in between.
 
 Every run is a process with one thread; its result is a JSON file under --out, so that a stopped comparison goes on
 where it was. Writes table.md and accuracy.png there and ends with one line of JSON.

@@ -71,15 +71,15 @@ Forward = Callable[..., Any]
 
 def forward_of(module: nn.Module, slots: Sequence[Slot], values: Values) -> Forward:
     """What stands in for the module's forward; without slots the module is frozen."""
-    inner: Forward = module.forward
     plain = "forward" not in module.__dict__
+    inner: Forward = (frozen_forward(module) if plain else None) or module.forward
     by_name = {slot.name: slot for slot in slots if slot.owner is module}
     only_weight = set(by_name) == {"weight"} and len(slots) == 1
     if plain and only_weight and by_name["weight"].segment.indices is not None:
         slot = by_name["weight"]
         if _is_linear(module) or hasattr(module, "dequantised"):
             return SparseLinear(module, slot, values)
-        if type(module).__name__ == "Conv1D":  # GPT-2's: its weight is [in, out]
+        if _is_conv1d(module):
             return SparseLinear(module, slot, values, transposed=True)
         if _is_embedding(module):
             return SparseEmbedding(module, slot, values)
@@ -94,9 +94,13 @@ def forward_of(module: nn.Module, slots: Sequence[Slot], values: Values) -> Forw
 
 def frozen_forward(module: nn.Module) -> Forward | None:
     """What stands in for the forward of a module without trainable parameters; None: its own."""
-    if "forward" in module.__dict__ or not (_is_linear(module) or hasattr(module, "dequantised")):
+    if "forward" in module.__dict__:
         return None
-    return lambda input: frozen_product(input, module)
+    if _is_conv1d(module):
+        return lambda x: linear(x, module.weight.t(), module.bias)  # type: ignore[operator,arg-type]
+    if _is_linear(module) or hasattr(module, "dequantised"):
+        return lambda input: frozen_product(input, module)
+    return None
 
 
 def frozen_weight(module: nn.Module) -> Tensor:
@@ -116,6 +120,11 @@ def frozen_product(x: Tensor, module: nn.Module, weight: Tensor | None = None) -
 
 def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D" and "weight" in module._parameters and "bias" in module._parameters
 
 
 def _is_embedding(module: nn.Module) -> bool:
@@ -241,7 +250,6 @@ class SparseLinear:
 
     def __init__(self, module: nn.Module, slot: Slot, values: Values, transposed: bool = False) -> None:
         self.module, self.slot, self.values, self.transposed = module, slot, values, transposed
-        self.inner: Forward = module.forward
         indices = slot.segment.indices
         assert indices is not None
         device = slot.parameter.device
@@ -271,15 +279,9 @@ class SparseLinear:
         return y
 
     def _frozen(self, x: Tensor) -> Tensor:
-        if not self.transposed:
-            return frozen_product(x, self.module, None if hasattr(self.module, "dequantised") else self.slot.parameter)
-        held = self.module._parameters["weight"]
-        self.slot.restore()
-        try:
-            y: Tensor = self.inner(x)
-        finally:
-            self.module._parameters["weight"] = held
-        return y
+        if self.transposed:
+            return linear(x, self.slot.parameter.t(), self.module.bias)  # type: ignore[arg-type]
+        return frozen_product(x, self.module, None if hasattr(self.module, "dequantised") else self.slot.parameter)
 
     def _written(self, point: int, x: Tensor) -> Tensor:
         whole = _whole(self.slot, self.values, point)

@@ -62,7 +62,7 @@ def test_a_comparison_and_its_report(
     trial = result(simulation.Cell("trial", *pair, seed, 8, rate))
     assert trial["test"] == {} and list(trial["validation"]) == ["0", "2"]
     run = result(simulation.Cell("run", *pair, 0, 16, rate))
-    assert list(run["test"]) == ["0", "1", "2", "3", "4"]
+    assert list(run["test"]) == ["0", "4"] and list(run["validation"]) == ["0", "1", "2", "3", "4"]
     assert run["test"]["0"] != run["test"]["4"]
 
     options = ["--models", "embedded", "--methods", f"{method},head", "--trials", "1", "--forwards", "16"]
@@ -73,6 +73,7 @@ def test_a_comparison_and_its_report(
     (row,) = figures["rows"]
     assert figures["missing"] == [simulation.Cell("run", *pair, 1, 16, rate).name]
     assert (row["method"], row["seeds"], row["forwards"], row["learning_rate"]) == (method, 1, 16, rate)
-    assert row["test_accuracy_curve"][-1][1] == round(run["test"]["4"]["accuracy"], 4)
+    assert row["validation_curve"][-1][1] == round(run["validation"]["4"]["accuracy"], 4)
+    assert row["test_accuracy"] == round(run["test"]["4"]["accuracy"], 4)
     assert f"| embedded | {method} |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "accuracy.png").stat().st_size > 5000

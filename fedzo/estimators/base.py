@@ -35,5 +35,5 @@ class Estimator(Protocol):
     def estimate(
         self, theta: Tensor, batch: Batch, seeds: Sequence[int], eps: float, family: str
     ) -> Generator[LossRequest, Tensor, Estimate]:
-        """Yields loss requests, is sent losses float32 [len(seeds), len(offsets), B]; returns that of P = len(seeds)."""
+        """Yields loss requests, is sent losses float32 [len(seeds), len(offsets), B]; P = len(seeds)."""
         ...

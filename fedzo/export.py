@@ -26,6 +26,7 @@ from fedzo.federation.coordinator import replay
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.replica import theta_digest
 from fedzo.models import EncoderClassifier, LoadedModel, quiet, save_head
+from fedzo.runtime import import_peft
 from fedzo.spaces import Segment, TrainableSpace
 from fedzo.spaces.mask import decode, encode
 from fedzo.spaces.space import Part, build
@@ -196,6 +197,7 @@ def write_shira(finetuned: Finetuned, directory: Path) -> None:
     from safetensors.torch import save_file
 
     try:
+        import_peft()
         from peft import ShiraConfig, TaskType
     except ImportError as error:
         raise ModelError("a SHiRA adapter needs the package peft: install fedzo[adapters]") from error

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.nn import functional
 from fedzo import directions
 from fedzo.directions import philox
 from fedzo.errors import ModelError
-from fedzo.runtime import import_bitsandbytes
+from fedzo.runtime import import_peft
 
 KINDS = ("causal", "masked", "encoder")
 ADAPTERS = ("lora", "ia3", "prefix", "prompt")
@@ -191,8 +191,7 @@ def add_adapter(
     if kind not in ADAPTERS:
         raise ModelError(f"unknown adapter {kind!r}; known: {', '.join(ADAPTERS)}")
     try:
-        with suppress(ImportError):
-            import_bitsandbytes()  # as peft does where it is installed
+        import_peft()
         import peft
     except ImportError as error:
         raise ModelError("adapters need the package peft: install fedzo[adapters]") from error

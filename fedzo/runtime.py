@@ -1,5 +1,6 @@
 """Settings of the process, made once by a program's entry point."""
 
+import contextlib
 import ctypes
 import importlib
 import logging
@@ -48,3 +49,14 @@ def import_bitsandbytes() -> None:
         del sys.modules["kernels"]
         sys.modules.update(kernels)
         logger.disabled = False
+
+
+def import_peft() -> None:
+    """Import peft, and before it, as it does itself where that is installed, bitsandbytes without its side effects.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    with contextlib.suppress(ImportError, OSError):
+        import_bitsandbytes()
+    importlib.import_module("peft")

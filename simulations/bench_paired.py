@@ -33,7 +33,7 @@ from torch import nn
 from fedzo.directions import axpy
 from fedzo.evaluation import Batch, Evaluator, LossRequest, candidate_scores, losses_from_scores
 from fedzo.quantisation import quantise
-from fedzo.runtime import keep_memory
+from fedzo.runtime import import_peft, keep_memory
 from fedzo.spaces import TrainableSpace, adapter, draw_mask, sparse
 
 EPS, LR = 1e-3, 1e-6
@@ -52,6 +52,7 @@ def build(space: str, base: str, device: str) -> tuple[nn.Module, TrainableSpace
     quantise(model, "none" if base == "float32" else base, masked=taken, device=device)
     if mask is not None:
         return model, sparse(model, mask)
+    import_peft()
     import peft
 
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16)).eval()

@@ -229,7 +229,7 @@ def work(cell: Cell, size: Mapping[str, Any], out: Path) -> None:
 def player(out: Path, size: Mapping[str, Any], report: bool) -> Callable[[Cell], Result | None]:
     """Gives a cell's result: from its file, else by doing it; None when it failed or, for a report, is not there."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedzo.engine", "peft", "transformers.models.auto.modeling_auto"])
+    context.set_forkserver_preload(["fedzo.engine", "transformers.models.auto.modeling_auto"])
 
     def play(cell: Cell) -> Result | None:
         path = out / f"{cell.name}.json"

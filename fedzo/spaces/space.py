@@ -238,8 +238,8 @@ def matching(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -
     for name, parameter in found.items():
         if not parameter.is_floating_point():
             raise SpaceError(
-                f"parameter {name} has dtype {parameter.dtype} and cannot be trained: exclude it, or, where it is "
-                "quantised, choose what is trainable before quantising"
+                f"parameter {name} is quantised ({parameter.dtype}) and cannot be trained as a whole: exclude it, use "
+                "a sparse mask or an adapter, or set model.quantisation to none"
             )
     return {name: tuple(p.shape) for name, p in found.items()}
 

@@ -66,6 +66,8 @@ def summarise(ledger: Ledger) -> dict[str, Any]:
         "accepted": sum(summary["accepted"] for summary in rounds),
         "dropped": dict(sorted(dropped.items())),
     }
+    if spec.mask:
+        figures["mask"] = spec.mask
     if members := ledger.members():
         figures["bases"] = dict(sorted(Counter(_base(member) for member in members.values()).items()))
     if rounds:

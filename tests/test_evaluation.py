@@ -475,6 +475,7 @@ def test_a_wrong_theta_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["full", "sparse", "nf4", "int8"])
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "opt"])
 def test_cuda_gives_the_losses_of_the_cpu(name: str, kind: str) -> None:

@@ -256,6 +256,35 @@ def test_auto_decides_on_the_first_batch() -> None:
         Evaluator(model, space, "both")
 
 
+class SharesARow(nn.Module):
+    """Linear layers and an embedding on one row that all rows of the batch share, as for relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(VOCAB, 8), nn.Embedding(9, 8)
+        self.project, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        places = self.project(self.places(torch.arange(input_ids.shape[1])[None]))
+        return self.out((self.embed(input_ids) + places).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["full", "sparse"])
+def test_a_row_that_all_points_share(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "DENSE", 1.0)
+    torch.manual_seed(0)
+    model = SharesARow()
+    if kind == "full":
+        space = full(model, ["project.weight", "places.weight"])
+    else:
+        space = sparse(model, draw_mask(model, 0.1, "random", "f" * 64, include=["project.weight"]))
+    evaluators = [Evaluator(model, space, way) for way in ("paired", "sequential")]
+    batch = Batch(make_batch().inputs, torch.tensor([0, 1, 2, 0]))
+    request = LossRequest(space.theta0(model), batch, (0.1, -0.1), seeds=(1, 2))
+    paired, single = (evaluator.losses(request) for evaluator in evaluators)
+    assert torch.equal(paired, single) and not torch.equal(paired[0, 0], paired[0, 1])
+
+
 class MixesRows(nn.Module):
     """A classifier whose rows see each other, as those of a mixture of experts with limited places do."""
 

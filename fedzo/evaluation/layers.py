@@ -197,9 +197,7 @@ class DenseLinear:
     values: Values
 
     def __call__(self, input: Tensor) -> Tensor:
-        points = self.values.points
-        outputs = [self._at(k, part(self.module, input, k, points)) for k in range(points)]
-        return join(outputs, self.values.rows if len(input) == 1 else 0)
+        return each_point(self.module, self.values, input, self._at)
 
     def _at(self, point: int, x: Tensor) -> Tensor:
         bias_slot, slot = self.slots.get("bias"), self.slots.get("weight")
@@ -227,9 +225,7 @@ class DenseEmbedding:
     values: Values
 
     def __call__(self, input: Tensor) -> Tensor:
-        points = self.values.points
-        outputs = [self._at(k, part(self.module, input, k, points)) for k in range(points)]
-        return join(outputs, self.values.rows if len(input) == 1 else 0)
+        return each_point(self.module, self.values, input, self._at)
 
     def _at(self, point: int, ids: Tensor) -> Tensor:
         segment = self.slot.segment
@@ -263,19 +259,21 @@ class SparseLinear:
 
     def __call__(self, input: Tensor) -> Tensor:
         points = self.values.points
-        if self.thick:
-            outputs = [self._written(k, part(self.module, input, k, points)) for k in range(points)]
-            return join(outputs, self.values.rows if len(input) == 1 else 0)
+        if self.thick or (points > 1 and len(input) == 1):
+            return each_point(self.module, self.values, input, self._written if self.thick else self._beside)
         y = self._frozen(input)
-        flat_x, flat_y = input.reshape(-1, input.shape[-1]), y.view(-1, y.shape[-1])
         for k in range(points):
-            values = self.values.sparse(k, self.slot)
-            if self.order is not None:
-                values = values[self.order]
-            add_sparse(
-                part(self.module, flat_y, k, points, whole=True), part(self.module, flat_x, k, points, whole=True),
-                self.pattern, values,
-            )  # fmt: skip
+            self._add(k, part(self.module, y, k, points), part(self.module, input, k, points))
+        return y
+
+    def _add(self, point: int, y: Tensor, x: Tensor) -> None:
+        values = self.values.sparse(point, self.slot)
+        values = values if self.order is None else values[self.order]
+        add_sparse(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.pattern, values)
+
+    def _beside(self, point: int, x: Tensor) -> Tensor:
+        y = self._frozen(x)
+        self._add(point, y, x)
         return y
 
     def _frozen(self, x: Tensor) -> Tensor:
@@ -300,9 +298,7 @@ class SparseEmbedding:
         self.rows, self.columns = (indices // width).to(device), (indices % width).to(device)
 
     def __call__(self, input: Tensor) -> Tensor:
-        points = self.values.points
-        outputs = [self._at(k, part(self.module, input, k, points)) for k in range(points)]
-        return join(outputs, self.values.rows if len(input) == 1 else 0)
+        return each_point(self.module, self.values, input, self._at)
 
     def _at(self, point: int, ids: Tensor) -> Tensor:
         rows, which = torch.unique(ids, return_inverse=True)
@@ -315,10 +311,17 @@ class SparseEmbedding:
         return functional.embedding(which, table)
 
 
-def part(module: nn.Module, value: Tensor, point: int, points: int, whole: bool = False) -> Tensor:
+def each_point(module: nn.Module, values: Values, input: Tensor, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """The outputs of ``compute(point, its rows of the input)``, one point's below the other's."""
+    points = values.points
+    outputs = [compute(point, part(module, input, point, points)) for point in range(points)]
+    return join(outputs, values.rows if len(input) == 1 else 0)
+
+
+def part(module: nn.Module, value: Tensor, point: int, points: int) -> Tensor:
     """A point's rows of a tensor; one that has a single row serves all points."""
     height = value.shape[0]
-    if points == 1 or (height == 1 and not whole):
+    if points == 1 or height == 1:
         return value
     if height % points:
         raise UnpairableError(

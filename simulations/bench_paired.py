@@ -11,7 +11,7 @@ The ways take turns; a figure is the median over the turns of its ratio to the s
 the largest resident set (CUDA: allocated memory) of a process of its own after the model is built. Sizes are the tokens
 of one half.
 
-    python simulations/bench_paired.py [--quick] [--threads N] [--device cpu]
+    python simulations/bench_paired.py [--quick] [--spaces sparse] [--bases nf4] [--threads N] [--device cuda]
 """
 
 import fedzo  # noqa: F401  # isort: skip  (before torch: it sets what OpenMP reads when it loads)
@@ -95,7 +95,7 @@ def compare(space_kind: str, base: str, arguments: argparse.Namespace) -> list[d
         }
         for way in ways.values():  # a warm-up, in which pairing checks itself
             way(0)
-        turns = (5 if tokens < 1024 else 2) if arguments.quick else (31 if tokens < 1024 else 7)
+        turns = (5 if tokens < 1024 else 2) if arguments.quick else (21 if tokens < 1024 else 7)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(turns):
             for name in [*ways][turn % 3 :] + [*ways][: turn % 3]:
@@ -152,6 +152,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help='"cpu" or "cuda"')
+    parser.add_argument("--spaces", nargs="+", choices=SPACES, default=SPACES)
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
     parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     keep_memory()
@@ -159,7 +161,7 @@ def main() -> None:
     if arguments.memory:
         report_memory(*arguments.memory, arguments.device)
         return
-    rows = [row for space in SPACES for base in BASES for row in compare(space, base, arguments)]
+    rows = [row for space in arguments.spaces for base in arguments.bases for row in compare(space, base, arguments)]
     print(json.dumps(rows))
 
 

@@ -195,7 +195,7 @@ def main() -> None:
         dtype, count = DTYPES[arguments.dtype], int(arguments.count)
         print(measure(arguments.measure, dtype, (rows, length), count, arguments.device))
         return
-    shape, count = ((4, 16), 2) if arguments.quick else ((8, 32), 100)
+    shape, count = (4, 16), 2 if arguments.quick else 100
     result: dict[str, object] = {
         "device": arguments.device,
         "threads": arguments.threads,

@@ -470,10 +470,15 @@ def test_second_process_is_refused(copy: Path) -> None:
 # Interrupted from outside, in processes of their own.
 
 
+def heed_ctrl_c() -> None:
+    """In the child: a shell that runs the tests in the background has Ctrl-C ignored, which is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(arguments: list[Any], program: list[str] = PROGRAM) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [*program, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "COLUMNS": "80"},
+        env={**os.environ, "COLUMNS": "80"}, preexec_fn=heed_ctrl_c,  # noqa: PLW1509
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ dequantised, once for all of them.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedzo.directions import axpy
 from fedzo.errors import ConfigError, SpaceError
 from fedzo.evaluation.batch import Batch
-from fedzo.evaluation.layers import Forward, Slot, UnpairableError, forward_of, frozen_forward
+from fedzo.evaluation.layers import Forward, Slot, UnpairableError, forward_of, frozen_forward, whole_parameter
 from fedzo.evaluation.scores import losses_from_scores, repeated_scores
 from fedzo.spaces import TrainableSpace
 
@@ -251,7 +251,7 @@ class Evaluator:
             placed: dict[str, Tensor] = {}
             for slot in self._slots:
                 if slot.segment.name not in placed:
-                    placed[slot.segment.name] = self._state.whole(slot)
+                    placed[slot.segment.name] = whole_parameter(slot, self._state, 0)
                 slot.put(placed[slot.segment.name])
             return repeated_scores(self.model, batch, 1)
 
@@ -305,15 +305,6 @@ class _State:
     def sparse(self, point: int, slot: Slot) -> Tensor:
         segment = slot.segment
         return self._differences[point][segment.offset : segment.offset + segment.size]
-
-    def whole(self, slot: Slot) -> Tensor:
-        """The only point's values of a parameter, in its shape and dtype."""
-        segment = slot.segment
-        values = self.dense(0, segment.offset, segment.size)
-        if segment.indices is None:
-            return values.view(segment.shape).to(slot.dtype)
-        flat = slot.parameter.detach().reshape(-1).clone()
-        return flat.index_copy_(0, segment.indices.to(flat.device), values.to(flat.dtype)).view(segment.shape)
 
     @contextmanager
     def only(self, point: int) -> Iterator[None]:
@@ -383,9 +374,9 @@ def _forwards(model: nn.Module, slots: Sequence[Slot], state: _State) -> list[tu
     return found
 
 
-def _seconds(function: object, device: torch.device) -> float:
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
-    function()  # type: ignore[operator]
+    function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start

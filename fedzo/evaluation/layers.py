@@ -166,7 +166,7 @@ class Split:
         keep = []
         try:
             for slot in self.slots:
-                keep.append(_whole(slot, self.values, point))
+                keep.append(whole_parameter(slot, self.values, point))
                 slot.put(keep[-1])
             with self.values.only(point):
                 output = self.inner(*args, **kwargs)
@@ -201,7 +201,7 @@ class DenseLinear:
 
     def _at(self, point: int, x: Tensor) -> Tensor:
         bias_slot, slot = self.slots.get("bias"), self.slots.get("weight")
-        bias = self.module.bias if bias_slot is None else _whole(bias_slot, self.values, point)
+        bias = self.module.bias if bias_slot is None else whole_parameter(bias_slot, self.values, point)
         if slot is None:
             return linear(x, self.module.weight, bias)  # type: ignore[arg-type]
         out, width = slot.segment.shape
@@ -282,7 +282,7 @@ class SparseLinear:
         return frozen_product(x, self.module, None if hasattr(self.module, "dequantised") else self.slot.parameter)
 
     def _written(self, point: int, x: Tensor) -> Tensor:
-        whole = _whole(self.slot, self.values, point)
+        whole = whole_parameter(self.slot, self.values, point)
         return frozen_product(x, self.module, whole.t() if self.transposed else whole)
 
 
@@ -340,7 +340,7 @@ def join(outputs: list[Tensor], rows: int) -> Tensor:
     return torch.cat(outputs)
 
 
-def _whole(slot: Slot, values: Values, point: int) -> Tensor:
+def whole_parameter(slot: Slot, values: Values, point: int) -> Tensor:
     """A parameter's values at a point, in its own shape."""
     segment = slot.segment
     if segment.indices is None:

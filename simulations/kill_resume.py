@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--quick", action="store_true", help="two kills, a short run")
     args = parser.parse_args()
-    kills, rounds = (2, 8) if args.quick else (args.kills, ROUNDS)
+    kills, rounds = (2, 20) if args.quick else (args.kills, ROUNDS)
     moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         settings = ("--config", args.config, "-o", f"federation.rounds={rounds}", "-o", "evaluation.every=5",
@@ -59,32 +59,36 @@ def main() -> None:
         duration = time.monotonic() - started
         print(f"uninterrupted: {rounds} rounds in {duration:.1f} s, ledger {str(reference['ledger_hash'])[:16]}")
         folder, at = Path(scratch) / "killed", []
-        # Moments are spread over the run, the loading of the model included.
-        gaps = [moments.uniform(0.3, 1.0) * duration / max(kills / 2.0, 1.0) + 3.0 for _ in range(kills)]
-        for number, gap in enumerate(gaps):
+        for number in range(kills):
+            target = (
+                1 + number * (rounds - 2) // kills
+            )  # committed rounds to wait for: the kills are spread over the run
             exists = (folder / "config.toml").exists()
             command = ("resume", str(folder), "--json") if exists else ("run", *settings, "--out", str(folder))
             process = fedzo(*command)
-            try:
-                process.wait(gap)
-            except subprocess.TimeoutExpired:
+            while process.poll() is None and committed(folder) < target:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0.0, duration / rounds))  # anywhere within the next rounds, or loading again
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
             at.append(committed(folder))
-            print(f"kill {number + 1}: after {gap:.1f} s, {at[-1]} rounds committed")
+            print(f"kill {number + 1}: {at[-1]} rounds committed")
         resumed = finish(fedzo("resume", str(folder), "--json"))
         verified = finish(fedzo("verify", str(folder), "--json"))
+    in_flight = [rounds_done for rounds_done in at if rounds_done < rounds]
     same = all(reference[key] == resumed[key] for key in ("ledger_hash", "theta_digest", "test_accuracy"))
     figures = {
         "kills": kills,
         "committed_at_kill": at,
+        "kills_in_flight": len(in_flight),
         "ledger_hash": reference["ledger_hash"],
         "resumed_ledger_hash": resumed["ledger_hash"],
         "digests_verified": verified["digests_compared"],
         "identical": same,
     }
     print(json.dumps(figures))
-    if not same:
+    if not (same and in_flight):
         sys.exit(1)
 
 

@@ -97,22 +97,28 @@ def frozen_forward(module: nn.Module) -> Forward | None:
     if "forward" in module.__dict__:
         return None
     if _is_conv1d(module):
-        return lambda x: linear(x, module.weight.t(), module.bias)  # type: ignore[operator,arg-type]
+        return lambda x: linear(x, own(module, "weight").t(), own(module, "bias"))
     if _is_linear(module) or hasattr(module, "dequantised"):
         return lambda input: frozen_product(input, module)
     return None
 
 
+def own(module: nn.Module, name: str) -> Any:
+    """The parameter that stands in the module under a name: a tensor, or None."""
+    return module._parameters[name]
+
+
 def frozen_weight(module: nn.Module) -> Tensor:
     """[out, in] in the layer's compute dtype."""
-    weight: Tensor = module.dequantised() if hasattr(module, "dequantised") else module.weight  # type: ignore[operator,assignment]
+    dequantised = getattr(module, "dequantised", None)
+    weight: Tensor = own(module, "weight") if dequantised is None else dequantised()
     return weight
 
 
 def frozen_product(x: Tensor, module: nn.Module, weight: Tensor | None = None) -> Tensor:
     """x times the module's frozen weight (or another one in its place), plus its bias, in x's dtype."""
     weight = frozen_weight(module) if weight is None else weight
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    bias = own(module, "bias")
     if not hasattr(module, "dequantised"):
         return linear(x, weight, bias)
     return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
@@ -201,17 +207,17 @@ class DenseLinear:
 
     def _at(self, point: int, x: Tensor) -> Tensor:
         bias_slot, slot = self.slots.get("bias"), self.slots.get("weight")
-        bias = self.module.bias if bias_slot is None else whole_parameter(bias_slot, self.values, point)
+        bias = own(self.module, "bias") if bias_slot is None else whole_parameter(bias_slot, self.values, point)
         if slot is None:
-            return linear(x, self.module.weight, bias)  # type: ignore[arg-type]
+            return linear(x, own(self.module, "weight"), bias)
         out, width = slot.segment.shape
         step = max(1, BLOCK // width)
         blocks = []
         for start in range(0, out, step):
             stop = min(out, start + step)
             block = self.values.dense(point, slot.segment.offset + start * width, (stop - start) * width)
-            at = bias if bias is None or step >= out else bias[start:stop]  # type: ignore[index]
-            blocks.append(linear(x, block.view(stop - start, width).to(slot.dtype), at))  # type: ignore[arg-type]
+            at = bias if bias is None or step >= out else bias[start:stop]
+            blocks.append(linear(x, block.view(stop - start, width).to(slot.dtype), at))
             del block  # before the next one is made
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
 
@@ -278,7 +284,7 @@ class SparseLinear:
 
     def _frozen(self, x: Tensor) -> Tensor:
         if self.transposed:
-            return linear(x, self.slot.parameter.t(), self.module.bias)  # type: ignore[arg-type]
+            return linear(x, self.slot.parameter.t(), own(self.module, "bias"))
         return frozen_product(x, self.module, None if hasattr(self.module, "dequantised") else self.slot.parameter)
 
     def _written(self, point: int, x: Tensor) -> Tensor:

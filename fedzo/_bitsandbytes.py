@@ -23,12 +23,12 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
-    """nf4 or fp4 in blocks of 64 with double quantisation (Dettmers et al. 2023), 0.516 bytes a weight."""
+    """nf4 or fp4 in blocks of 64 (Dettmers et al. 2023): 0.516 bytes a weight with double quantisation, else 0.5625."""
 
     bits = 4
 
     @classmethod
-    def of(cls, linear: nn.Linear, weight: Tensor, kind: str, dtype: torch.dtype) -> "Linear4bit":
+    def of(cls, linear: nn.Linear, weight: Tensor, kind: str, dtype: torch.dtype, double: bool) -> "Linear4bit":
         """The layer that stands for ``linear`` with ``weight``, float32 [out, in], on the weight's device."""
         layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None,
@@ -37,10 +37,13 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
         packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=kind)
         # A block of zeros has no scale to divide by; on CUDA its codes would be those of -1.
         packed.view(-1, BLOCK // 2)[state.absmax == 0] = _ZERO[kind]
-        # Double quantisation as in quantize_4bit, but its mean depends on the number of threads in the last bits.
-        state.offset = torch.tensor(math.fsum(state.absmax.tolist()) / state.absmax.numel(), device=weight.device)
-        state.absmax, state.state2 = bnb.quantize_blockwise(state.absmax - state.offset, blocksize=_STATISTICS_BLOCK)
-        state.nested = True
+        if double:
+            # As in quantize_4bit, but its mean depends on the number of threads in the last bits.
+            state.offset = torch.tensor(math.fsum(state.absmax.tolist()) / state.absmax.numel(), device=weight.device)
+            state.absmax, state.state2 = bnb.quantize_blockwise(
+                state.absmax - state.offset, blocksize=_STATISTICS_BLOCK
+            )
+            state.nested = True
         state.dtype = dtype  # of what dequantising gives
         layer.weight = bitsandbytes.nn.Params4bit(
             packed, quant_state=state, blocksize=BLOCK, quant_type=kind, bnb_quantized=True
@@ -52,11 +55,26 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
     def dequantised(self) -> Tensor:
         """The weight, [out, in] in the compute dtype: a new tensor."""
         state = self.weight.quant_state
-        scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
-        # As rows of one block each: bitsandbytes' CPU kernel is wrong where a block goes over the end of a row.
-        blocks = bnb.QuantState(scales, (scales.numel(), BLOCK), state.code, BLOCK, state.quant_type, state.dtype)
+        scales = state.absmax
+        if state.nested:
+            scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return self._blocks(scales, state.dtype).view(state.shape)
+
+    def units(self) -> Tensor:
+        """[blocks, 64] float32: the weight where every block has the scale 1."""
+        return self._blocks(torch.ones(self.weight.numel() * 2 // BLOCK, device=self.weight.device), torch.float32)
+
+    def at_scales(self, units: Tensor, scales: Tensor) -> Tensor:
+        """The weight with other scales, float32 [blocks]: [out, in] in the compute dtype."""
+        state = self.weight.quant_state
+        return torch.mul(units, scales.unsqueeze(1)).view(state.shape).to(state.dtype)
+
+    def _blocks(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """[blocks, 64]; bitsandbytes' CPU kernel is wrong where a block goes over the end of a row."""
+        state = self.weight.quant_state
+        blocks = bnb.QuantState(scales, (scales.numel(), BLOCK), state.code, BLOCK, state.quant_type, dtype)
         weight: Tensor = bnb.dequantize_4bit(self.weight.data, blocks)
-        return weight.view(state.shape)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         return _linear(x, self.dequantised(), self.bias)
@@ -73,7 +91,7 @@ class Linear8bit(bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]
     bits = 8
 
     @classmethod
-    def of(cls, linear: nn.Linear, weight: Tensor, kind: str, dtype: torch.dtype) -> "Linear8bit":
+    def of(cls, linear: nn.Linear, weight: Tensor, kind: str, dtype: torch.dtype, double: bool) -> "Linear8bit":
         """The layer that stands for ``linear`` with ``weight``, float32 [out, in], on the weight's device."""
         layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, device="meta"
@@ -87,7 +105,20 @@ class Linear8bit(bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]
 
     def dequantised(self) -> Tensor:
         """The weight, [out, in] in the compute dtype: a new tensor."""
-        return torch.mul(self.weight.data, (self.scale / 127.0).unsqueeze(1)).to(self.compute_dtype)
+        return self.at_codes(self.weight.data)
+
+    def units(self) -> Tensor:
+        """The codes, int8 [out, in]; they count in steps of 1 / 127 of their row's scale."""
+        codes: Tensor = self.weight.data
+        return codes
+
+    def at_scales(self, units: Tensor, scales: Tensor) -> Tensor:
+        """The weight with other scales, float32 [out]: [out, in] in the compute dtype."""
+        return torch.mul(units, (scales / 127.0).unsqueeze(1)).to(self.compute_dtype)
+
+    def at_codes(self, codes: Tensor) -> Tensor:
+        """The weight with other codes, int8 or float32 [out, in]: [out, in] in the compute dtype."""
+        return self.at_scales(codes, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return _linear(x, self.dequantised(), self.bias)

@@ -27,6 +27,7 @@ def quantise(
     masked: Mapping[str, Tensor] = MappingProxyType({}),
     kept: Collection[str] = (),
     device: torch.device | str = "cpu",
+    double: bool = True,
 ) -> None:
     """Quantise a model's linear layers in place, one after the other, and move it to a device.
 
@@ -41,11 +42,12 @@ def quantise(
     adapters, which are added afterwards.
 
     Args:
-        kind: "nf4", "fp4" (double quantisation), "int8" (weights only) or "none", which only casts and moves.
+        kind: "nf4", "fp4", "int8" (weights only) or "none", which only casts and moves.
         compute_dtype: float32, bfloat16 or float16; see ``simulations/compute_dtype.py`` for what it costs.
         masked: parameter name -> flat int64 indices that dequantise to exactly 0.0. Entries of a weight that is not
             quantised stay as they are.
         kept: names of parameters that keep their dtype, unless they are quantised.
+        double: for nf4 and fp4, quantise the scales too; else they stay float32.
 
     Raises:
         ModelError: an unknown kind or dtype, bitsandbytes is missing, the model is quantised or has an adapter
@@ -64,7 +66,7 @@ def quantise(
         layer_class = _layer_class(kind)
         places = _places(model, kind)
         for name, parents in places.items():
-            layer = layer_class.of(*_taken_out(model, name, masked, device), kind, compute_dtype)
+            layer = layer_class.of(*_taken_out(model, name, masked, device), kind, compute_dtype, double)
             _check_zeros(name, layer, masked)
             for parent, attribute in parents:
                 parent._modules[attribute] = layer

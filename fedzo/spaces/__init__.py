@@ -1,6 +1,7 @@
-"""Trainable spaces: full, adapter and sparse; masks."""
+"""Trainable spaces: full, adapter, sparse, scales and codes; masks."""
 
 from fedzo.spaces.mask import METHODS, Mask, MaskEntry, overlap
+from fedzo.spaces.quantised import codes, scales
 from fedzo.spaces.space import Segment, TrainableSpace, adapter, full
 from fedzo.spaces.sparse import draw_mask, sparse
 
@@ -11,8 +12,10 @@ __all__ = [
     "Segment",
     "TrainableSpace",
     "adapter",
+    "codes",
     "draw_mask",
     "full",
     "overlap",
+    "scales",
     "sparse",
 ]

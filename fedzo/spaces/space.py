@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from fedzo.runtime import release_memory
 _RELEASE = 2**22
 
 Part = tuple[str, tuple[int, ...], Tensor | None, Tensor | None]
+Held = Literal["values", "scales", "codes"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class Segment:
 
     Attributes:
         name: the parameter's name in ``model.named_parameters()``; a tied parameter has one segment.
-        shape: the parameter's shape.
+        shape: the parameter's shape; of scales (number of scales,).
         offset: index in theta of the segment's first entry.
         size: number of entries of theta that belong to it.
         indices: [size] int64, sorted flat indices of the trainable entries; None when all are.
         values: [size] float32 on CPU, the initial values of a masked segment; None: those that the model holds.
+        holds: what theta holds of the parameter: its values or, of a quantised one, its scales or its codes.
+        steps: [rows] float32 on CPU, what one code is worth in each row; None unless theta holds codes.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Segment:
     size: int
     indices: Tensor | None = field(default=None, compare=False)
     values: Tensor | None = field(default=None, compare=False)
+    holds: Held = "values"
+    steps: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -160,10 +166,12 @@ class TrainableSpace:
         present = dict(model.named_parameters())
         for segment in self.segments:
             found = present.get(segment.name)
-            if found is None or shape_of(found) != segment.shape:
-                state = "is missing" if found is None else f"has shape {shape_of(found)}"
+            shape = None if found is None else _shape_of(found, segment.holds)
+            if shape != segment.shape:
+                what = "parameter" if segment.holds == "values" else f"{segment.holds} of parameter"
+                state = "is missing" if shape is None else f"has shape {shape}"
                 raise SpaceError(
-                    f"the space needs parameter {segment.name} of shape {segment.shape}, which {state} in this model: "
+                    f"the space needs {what} {segment.name} of shape {segment.shape}, which {state} in this model: "
                     "build the space on the model it is used with"
                 )
         return {segment.name: present[segment.name] for segment in self.segments}
@@ -217,24 +225,30 @@ def build(kind: str, parts: Iterable[Part]) -> TrainableSpace:
     return TrainableSpace(kind, tuple(segments), offset, digest.hexdigest())
 
 
-def matching(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the parameters that the patterns select; SpaceError when there is none."""
+def chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters that the patterns select, by name; SpaceError when there is none."""
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
 
-    def chosen(names: list[str]) -> bool:
+    def wanted(names: list[str]) -> bool:
         def hit(patterns: Sequence[str]) -> bool:
             return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
         return hit(include) and not hit(exclude)
 
-    found = {name: p for name, p in model.named_parameters() if chosen(aliases[id(p)])}
+    found = {name: p for name, p in model.named_parameters() if wanted(aliases[id(p)])}
     if not found:
         example = next((name for name, _ in model.named_parameters()), "none")
         raise SpaceError(
             f"no parameter matches include={list(include)} exclude={list(exclude)}; a name in this model: {example}"
         )
+    return found
+
+
+def matching(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters that the patterns select; SpaceError when there is none or one is quantised."""
+    found = chosen(model, include, exclude)
     for name, parameter in found.items():
         if not parameter.is_floating_point():
             raise SpaceError(
@@ -250,11 +264,34 @@ def shape_of(parameter: Tensor) -> tuple[int, ...]:
     return tuple(parameter.shape if packed is None else packed.shape)
 
 
+def scales_of(parameter: Tensor) -> Tensor | None:
+    """A quantised parameter's scales, float32 [blocks] of nf4 and fp4, [rows] of int8; None: it has none in float32."""
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return None if packed.nested else packed.absmax
+    scales: Tensor | None = getattr(parameter, "SCB", None)
+    return scales
+
+
+def _shape_of(parameter: Tensor, holds: Held) -> tuple[int, ...] | None:
+    """The shape of what a segment holds of a parameter; None: the parameter has no scales or codes."""
+    if holds == "scales":
+        scales = scales_of(parameter)
+        return None if scales is None else tuple(scales.shape)
+    return shape_of(parameter) if holds == "values" or parameter.dtype == torch.int8 else None
+
+
 def _view(theta: Tensor, segment: Segment) -> Tensor:
     return theta[segment.offset : segment.offset + segment.size].view(segment.shape)
 
 
 def _gather(parameter: Tensor, segment: Segment) -> Tensor:
+    if segment.holds == "scales":
+        scales = scales_of(parameter)
+        assert scales is not None  # `parameters` has checked it
+        return scales
+    if segment.holds == "codes":
+        return parameter.detach().reshape(-1)
     if not parameter.is_floating_point():
         raise SpaceError(
             f"parameter {segment.name} is quantised ({parameter.dtype}) and does not hold its values any more: "

@@ -6,7 +6,6 @@ back is noticed. Several points go through the model in one batch ("paired"): wh
 dequantised, once for all of them.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,18 @@ from torch import Tensor, nn
 from fedzo.directions import axpy
 from fedzo.errors import ConfigError, SpaceError
 from fedzo.evaluation.batch import Batch
-from fedzo.evaluation.layers import Forward, Slot, UnpairableError, forward_of, frozen_forward, whole_parameter
+from fedzo.evaluation.layers import (
+    Forward,
+    Slot,
+    UnpairableError,
+    everywhere,
+    forward_of,
+    frozen_forward,
+    nowhere,
+    placed,
+    readers,
+    replaced,
+)
 from fedzo.evaluation.scores import losses_from_scores, repeated_scores
 from fedzo.spaces import TrainableSpace
 
@@ -96,11 +106,7 @@ class Evaluator:
         self._state = _State(space, parameters)
         self._slots = _slots(model, space, parameters, compute_dtype)
         self._forwards = _forwards(model, self._slots, self._state)
-        self._nowhere = {
-            slot.segment.name: torch.full((), math.nan, device=self.device, dtype=slot.dtype).expand(slot.segment.shape)
-            for slot in self._slots
-            if not hasattr(slot.owner, "dequantised")
-        }
+        self._nowhere = nowhere(self._slots)
         self._resident = False  # a parameter is read from outside its module: all are put in place for the forward
         self._proven: set[frozenset[str]] = set()  # kinds of input on which no such reading was seen
 
@@ -210,14 +216,6 @@ class Evaluator:
         return again
 
     @contextmanager
-    def _restored(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            for slot in self._slots:
-                slot.restore()
-
-    @contextmanager
     def _hooked(self) -> Iterator[None]:
         """Within it the replaced forwards are in place; afterwards the modules are as they were."""
         state = self._state
@@ -227,32 +225,16 @@ class Evaluator:
             if tensors and not state.inside:
                 state.rows = tensors[0].shape[0] // state.points
 
-        held = [(module, module.__dict__.get("forward")) for module, _ in self._forwards]
         handle = self.model.register_forward_pre_hook(count, with_kwargs=True)
         try:
-            with self._restored():
-                for slot in self._slots:
-                    if slot.segment.name in self._nowhere:
-                        slot.put(self._nowhere[slot.segment.name])
-                for module, forward in self._forwards:
-                    module.__dict__["forward"] = forward
+            with replaced(self._forwards), placed(self._slots, self._nowhere):
                 yield
         finally:
             handle.remove()
-            for module, before in held:
-                if before is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = before
 
     def _materialised(self, theta: Tensor, family: str, point: _Point, batch: Batch) -> Tensor:
         """[1, B, C]: all trainable parameters hold their perturbed values for the whole forward."""
-        with self._restored(), self._state.at(theta, family, [point]):
-            placed: dict[str, Tensor] = {}
-            for slot in self._slots:
-                if slot.segment.name not in placed:
-                    placed[slot.segment.name] = whole_parameter(slot, self._state, 0)
-                slot.put(placed[slot.segment.name])
+        with self._state.at(theta, family, [point]), placed(self._slots, everywhere(self._slots, self._state)):
             return repeated_scores(self.model, batch, 1)
 
 
@@ -343,7 +325,7 @@ def _slots(
                 continue
             segment = segments[id(parameter)]
             quantised = hasattr(module, "dequantised") and name == "weight"
-            if quantised and segment.indices is None:
+            if quantised and segment.indices is None and segment.holds == "values":
                 raise SpaceError(
                     f"parameter {segment.name} is quantised and cannot be trained as a whole: leave it out, or train a "
                     "sparse mask or an adapter"
@@ -354,24 +336,14 @@ def _slots(
     return slots
 
 
-def _forwards(model: nn.Module, slots: Sequence[Slot], state: _State) -> list[tuple[nn.Module, Forward]]:
-    """The modules whose forward is replaced, and by what.
-
-    A parameter in a container (a ParameterDict, say) belongs to the module around it, which is the one that reads it.
-    """
-    readers: dict[str, nn.Module] = {}
-    by_reader: dict[int, list[Slot]] = {}
-    for name, module in model.named_modules():
-        container = isinstance(module, nn.ParameterDict | nn.ParameterList | nn.ModuleDict | nn.ModuleList)
-        readers[name] = readers[name.rpartition(".")[0]] if container and name else module
-        by_reader.setdefault(id(readers[name]), []).extend(slot for slot in slots if slot.owner is module)
-    found = []
-    for module in model.modules():
-        own = by_reader.get(id(module), [])
-        forward = forward_of(module, own, state) if own else frozen_forward(module)
-        if forward is not None:
-            found.append((module, forward))
-    return found
+def _forwards(model: nn.Module, slots: Sequence[Slot], state: _State) -> dict[nn.Module, Forward]:
+    """The modules whose forward is replaced, and by what."""
+    own = readers(model, slots)
+    found = {
+        module: forward_of(module, own[module], state) if module in own else frozen_forward(module)
+        for module in model.modules()
+    }
+    return {module: forward for module, forward in found.items() if forward is not None}
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:

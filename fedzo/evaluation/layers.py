@@ -4,7 +4,9 @@ Its rows are those of the first point, then those of the second, and so on. What
 them, what is trainable for each point with its own values; a module sees nothing of this.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedzo.errors import SpaceError
 from fedzo.evaluation.products import SparsePattern, add_sparse, linear
 from fedzo.spaces import Segment
 
@@ -69,12 +72,81 @@ class Slot:
 Forward = Callable[..., Any]
 
 
+def readers(model: nn.Module, slots: Sequence[Slot]) -> dict[nn.Module, list[Slot]]:
+    """The modules that read trainable parameters, with those of each, in the order of the model.
+
+    A parameter in a container (a ParameterDict, say) belongs to the module around it, which is the one that reads it.
+    """
+    around: dict[str, nn.Module] = {}
+    found: dict[nn.Module, list[Slot]] = {}
+    for name, module in model.named_modules():
+        container = isinstance(module, nn.ParameterDict | nn.ParameterList | nn.ModuleDict | nn.ModuleList)
+        around[name] = around[name.rpartition(".")[0]] if container and name else module
+        own_slots = [slot for slot in slots if slot.owner is module]
+        if own_slots:
+            found.setdefault(around[name], []).extend(own_slots)
+    return found
+
+
+@contextmanager
+def replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Within it the modules compute by these; afterwards they are as they were."""
+    held = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, before in held.items():
+            if before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before
+
+
+@contextmanager
+def placed(slots: Sequence[Slot], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it these tensors, by segment name, stand in the place of parameters; afterwards all slots have theirs."""
+    try:
+        for slot in slots:
+            if slot.segment.name in values:
+                slot.put(values[slot.segment.name])
+        yield
+    finally:
+        for slot in slots:
+            slot.restore()
+
+
+def nowhere(slots: Sequence[Slot]) -> dict[str, Tensor]:
+    """NaN in the place of every parameter by segment name, but for quantised ones, which are no numbers."""
+    return {
+        slot.segment.name: torch.full((), math.nan, device=slot.parameter.device, dtype=slot.dtype).expand(
+            slot.segment.shape
+        )
+        for slot in slots
+        if not hasattr(slot.owner, "dequantised")
+    }
+
+
+def everywhere(slots: Sequence[Slot], values: Values) -> dict[str, Tensor]:
+    """Every parameter's values at the first point, by segment name."""
+    one_each = {slot.segment.name: slot for slot in slots}
+    return {name: whole_parameter(slot, values, 0) for name, slot in one_each.items()}
+
+
 def forward_of(module: nn.Module, slots: Sequence[Slot], values: Values) -> Forward:
     """What stands in for the module's forward; without slots the module is frozen."""
     plain = "forward" not in module.__dict__
     inner: Forward = (frozen_forward(module) if plain else None) or module.forward
     by_name = {slot.name: slot for slot in slots if slot.owner is module}
     only_weight = set(by_name) == {"weight"} and len(slots) == 1
+    if any(slot.segment.holds != "values" for slot in slots):
+        if plain and only_weight and hasattr(module, "dequantised"):
+            return QuantisedLinear(module, by_name["weight"], values)
+        raise SpaceError(
+            f"{type(module).__name__} reads the quantised weight {slots[0].segment.name} in a way of its own, so that "
+            "its scales and codes cannot be trained: leave it out by space.exclude"
+        )
     if plain and only_weight and by_name["weight"].segment.indices is not None:
         slot = by_name["weight"]
         if _is_linear(module) or hasattr(module, "dequantised"):
@@ -290,6 +362,27 @@ class SparseLinear:
     def _written(self, point: int, x: Tensor) -> Tensor:
         whole = whole_parameter(self.slot, self.values, point)
         return frozen_product(x, self.module, whole.t() if self.transposed else whole)
+
+
+@dataclass(frozen=True)
+class QuantisedLinear:
+    """A quantised linear layer whose scales (QZO) or codes (QuZO) are trainable: dequantised anew at each point."""
+
+    module: nn.Module
+    slot: Slot
+    values: Values
+
+    def __call__(self, input: Tensor) -> Tensor:
+        layer: Any = self.module
+        segment = self.slot.segment
+        units = layer.units() if segment.holds == "scales" else None
+
+        def at(point: int, x: Tensor) -> Tensor:
+            held = self.values.dense(point, segment.offset, segment.size)
+            weight = layer.at_codes(held.view(segment.shape)) if units is None else layer.at_scales(units, held)
+            return frozen_product(x, self.module, weight)
+
+        return each_point(self.module, self.values, input, at)
 
 
 class SparseEmbedding:

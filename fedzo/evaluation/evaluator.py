@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedzo.directions import axpy
 from fedzo.errors import ConfigError, SpaceError
 from fedzo.evaluation.batch import Batch
+from fedzo.evaluation.gradients import DerivativeRequest, Differentiator, GradientRequest
 from fedzo.evaluation.layers import (
     Forward,
     Slot,
@@ -60,6 +61,9 @@ class LossRequest:
     offsets: tuple[float, ...]
     seeds: tuple[int, ...] = (0,)
     family: str = "rademacher"
+
+
+Request = LossRequest | DerivativeRequest | GradientRequest
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,19 @@ class Evaluator:
         self._nowhere = nowhere(self._slots)
         self._resident = False  # a parameter is read from outside its module: all are put in place for the forward
         self._proven: set[frozenset[str]] = set()  # kinds of input on which no such reading was seen
+
+    def answer(self, request: Request) -> Tensor:
+        """What is asked for, float32 on CPU, in the shape that the kind of request states.
+
+        Raises:
+            SpaceError: theta does not fit the space, or the model cannot do what is asked of it.
+        """
+        if isinstance(request, LossRequest):
+            return self.losses(request)
+        differentiator = Differentiator(self.model, self.space, self._slots, self._state.stored)
+        if isinstance(request, DerivativeRequest):
+            return differentiator.derivatives(request)
+        return differentiator.gradient(request)
 
     def losses(self, request: LossRequest) -> Tensor:
         """[len(seeds), len(offsets), B] float32 on CPU: the loss of every example at every point.

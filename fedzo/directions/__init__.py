@@ -31,7 +31,7 @@ from fedzo.directions import reference
 from fedzo.directions.philox import check_seed
 from fedzo.errors import ConfigError, RunError
 
-__all__ = ["FAMILIES", "axpy", "fill", "replay", "replay_rounded"]
+__all__ = ["FAMILIES", "axpy", "fill", "replay", "replay_rounded", "round_stochastically"]
 
 FAMILIES: tuple[str, ...] = ("rademacher", "gaussian")
 MAX_OFFSET = 2**62
@@ -126,6 +126,17 @@ def replay_rounded(
     steps = np.ascontiguousarray(seeds), np.ascontiguousarray(coefficients)
     _implementation(theta).replay_rounded(theta, *steps, family, np.ascontiguousarray(rounding), offset=offset)
     return theta
+
+
+def round_stochastically(values: Tensor, seed: int, *, offset: int = 0) -> Tensor:
+    """Round finite values [n] below 2**24 to whole numbers in place; return them.
+
+    Away from zero with the probability that the part behind the point is, to 2**-32, so that the mean over seeds is the
+    value itself, and minus x becomes minus what x becomes. Element i takes word offset + i of the Philox stream.
+    """
+    _check_vector("values", values, offset)
+    _implementation(values).round_stochastically(values, check_seed(seed), offset=offset)
+    return values
 
 
 def _check_records(seeds: npt.NDArray[np.uint64], coefficients: npt.NDArray[np.float32], ndim: int) -> None:

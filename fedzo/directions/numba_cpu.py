@@ -196,6 +196,22 @@ def _accumulate_rounded(
             part[i] = np.uint16(bits[i] >> np.uint32(16))
 
 
+def _round_stochastically(values: Any, offset: Any, seed: Any) -> None:
+    """values[i] becomes a whole number next to it, by word offset + i of the stream."""
+    words = np.empty(4096, np.uint32)
+    for tile in range(offset // 4 * 4, offset + values.size, 4096):
+        start, stop = max(tile, offset) - offset, min(tile + 4096, offset + values.size) - offset
+        first = offset + start - tile
+        FILL_WORDS(words, np.uint64(tile // 4), (first + stop - start + 3) // 4, seed)
+        part, drawn = values[start:stop], words[first : first + stop - start]
+        for i in range(part.size):
+            size = abs(part[i])
+            whole = np.floor(size)
+            if drawn[i] < np.uint32((size - whole) * 4294967296.0):
+                whole += np.float32(1.0)
+            part[i] = np.copysign(whole, part[i])
+
+
 ADD_SIGNS = intrinsic(_add_signs)
 FILL_WORDS, ADD_RADEMACHER, ADD_GAUSSIAN = _jit(_fill_words), _jit(_add_rademacher), _jit(_add_gaussian)
 ACCUMULATE = _jit(
@@ -209,6 +225,8 @@ ACCUMULATE_ROUNDED = _jit(
     "void(uint16[::1], int64, uint64[:, ::1], float32[:, ::1], uint64[::1], "
     "Array(float32, 1, 'C', readonly=True), int64, int64)",
 )
+
+ROUND_STOCHASTICALLY = _jit(_round_stochastically, "void(float32[::1], int64, uint64)")
 
 _pool = ThreadPoolExecutor(max_workers=os.cpu_count())  # starts a thread only when there is work for it
 
@@ -283,3 +301,13 @@ def replay_rounded(
 
     _share(len(bits), work)
     return theta
+
+
+def round_stochastically(values: Tensor, seed: int, *, offset: int = 0) -> Tensor:
+    target, stream = values.detach().numpy(), np.uint64(seed)
+
+    def work(first: int) -> None:
+        ROUND_STOCHASTICALLY(target[first : first + CHUNK], offset + first, stream)
+
+    _share(len(target), work)
+    return values

@@ -98,6 +98,20 @@ def replay_rounded(
     return theta
 
 
+@torch.no_grad()
+def round_stochastically(values: Tensor, seed: int, *, offset: int = 0) -> Tensor:
+    for start in range(0, len(values), CHUNK):
+        part = values[start : start + CHUNK]
+        first, last = (offset + start) // 4, (offset + start + len(part) - 1) // 4
+        words = _words(seed, first, last - first + 1, values.device).reshape(-1)
+        drawn = words[offset + start - 4 * first :][: len(part)]
+        size = part.abs()
+        whole = size.floor()
+        up = drawn < ((size - whole).double() * 2.0**32).long()
+        part.copy_((whole + up.float()).copysign(part))
+    return values
+
+
 def _halves(seed: int, offset: int, size: int, device: torch.device) -> Tensor:
     """Half-words offset ... offset + size - 1 of a stream, the low half of a word first: int64 [size]."""
     first, last = offset // 8, (offset + size - 1) // 8

@@ -17,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fedzo.directions import normal
+from fedzo.directions.reference import round_stochastically
+
+__all__ = ["axpy", "fill", "replay", "replay_rounded", "round_stochastically"]
 
 LANES = {"rademacher": 32, "gaussian": 2}  # elements of a direction in one word; a Philox block has 4 words
 TILE = 4096  # elements of a program, a multiple of the elements of a block

@@ -152,7 +152,7 @@ class Differentiator:
     def _losses(self, values: Values, batch: Batch, frozen: Mapping[nn.Module, Forward]) -> Tensor:
         """[B] on the model's device, with their derivatives."""
         batch = batch.to(self._slots[0].parameter.device)
-        forwards = {m: Split(m, s, values, _inner(m, s)) for m, s in self._readers.items()}
+        forwards = {module: _forward_of(module, slots, values) for module, slots in self._readers.items()}
         with replaced({**frozen, **forwards}), placed(self._slots, self._nowhere):
             losses = losses_from_scores(repeated_scores(self.model, batch, 1)[0], batch.labels)
         packed = any(hasattr(slot.owner, "dequantised") for slot in self._slots)
@@ -225,17 +225,27 @@ def _touched(space: TrainableSpace, ranges: Sequence[tuple[int, int]]) -> list[S
     return [s for s in space.segments if any(s.offset < a + n and a < s.offset + s.size for a, n in ranges)]
 
 
-def _inner(module: nn.Module, slots: Sequence[Slot]) -> Forward:
-    """The module's own forward; of a quantised layer with trained weights, one that takes the weight put into it."""
-    if not hasattr(module, "dequantised") or all(slot.name != "weight" for slot in slots):
-        return module.forward
+def _forward_of(module: nn.Module, slots: Sequence[Slot], values: Values) -> Forward:
+    """The module's own forward at theta; of a quantised layer the product that its trained weight or scales make."""
+    own_weight = next((slot for slot in slots if slot.owner is module and slot.name == "weight"), None)
+    if not hasattr(module, "dequantised") or own_weight is None:
+        return Split(module, slots, values, module.forward)
+    segment = own_weight.segment
+    if segment.holds == "codes":
+        raise SpaceError(
+            f"{segment.name} is trained in its codes, which are whole numbers: they have no derivative; choose another "
+            "estimator, or another space.kind"
+        )
+    if segment.holds == "scales":
+        layer: Any = module
+        units = layer.units
+        return lambda x: _product(x, layer.at_scales(units(), values.dense(0, segment.offset, segment.size)), layer)
+    return Split(module, slots, values, lambda x: _product(x, own(module, "weight"), module))
 
-    def product(x: Tensor) -> Tensor:
-        weight, bias = own(module, "weight"), own(module, "bias")
-        bias = None if bias is None else bias.to(weight.dtype)
-        return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
-    return product
+def _product(x: Tensor, weight: Tensor, module: nn.Module) -> Tensor:
+    bias = own(module, "bias")
+    return functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
 
 class _Requantised(torch.autograd.Function):
@@ -245,11 +255,12 @@ class _Requantised(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, dequantised: Callable[[], Tensor]) -> Tensor:
         ctx.dequantised, ctx.dtype = dequantised, x.dtype
         weight = dequantised()
-        return functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+        return functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return (grad @ ctx.dequantised()).to(ctx.dtype), None, None
+        weight = ctx.dequantised()
+        return (grad.to(weight.dtype) @ weight).to(ctx.dtype), None, None
 
 
 def _requantised(module: nn.Module) -> Forward:

@@ -81,8 +81,11 @@ class ModelSection(Section):
 class SpaceSection(Section):
     """What is trainable."""
 
-    kind: Literal["full", "sparse", "adapter"] = Field(default="full", description="full, sparse mask, or PEFT adapter")
-    include: Names = Field(default=("*",), description="patterns of parameter names, for full and sparse")
+    kind: Literal["full", "sparse", "adapter", "scales", "codes"] = Field(
+        default="full",
+        description="full, sparse mask, PEFT adapter, or of a quantised base its scales or its int8 codes",
+    )
+    include: Names = Field(default=("*",), description="patterns of parameter names, for all but adapter")
     exclude: Names = Field(default=(), description="patterns of parameter names left out")
     density: float = Field(default=0.01, gt=0, le=1, description="part of the parameters that is trainable, for sparse")
     mask: str = Field(
@@ -245,9 +248,26 @@ class Config(Section):
                     'space.theta_dtype = "bfloat16" rounds theta at every step, federation.seeds = "pool" rebuilds it '
                     'in one: set federation.seeds = "shared" or "independent"'
                 )
+        if self.space.kind in ("scales", "codes"):
+            self._one_quantisation()
         if method.warmup_steps >= federation.rounds * federation.local_steps:
             raise ValueError(f"method.warmup_steps is {method.warmup_steps}, not below the run's number of steps")
         return self
+
+    def _one_quantisation(self) -> None:
+        """Spaces of what a quantised base is stored as: one base for all."""
+        kind, found, others = self.space.kind, self.model.quantisation, self.model.client_quantisation
+        wanted = ("int8",) if kind == "codes" else ("nf4", "fp4", "int8")
+        if found not in wanted:
+            raise ValueError(
+                f'space.kind = "{kind}" trains the {kind} of a quantised base and needs model.quantisation = '
+                f'{" or ".join(map(json.dumps, wanted))}, found "{found}"'
+            )
+        if set(others) - {found}:
+            raise ValueError(
+                f'space.kind = "{kind}" needs one quantisation for all, but model.client_quantisation is '
+                f'{", ".join(others)} and model.quantisation is "{found}": leave model.client_quantisation empty'
+            )
 
     def for_client(self, number: int) -> "Config":
         """With a client's own base, where `model.client_quantisation` gives it one."""

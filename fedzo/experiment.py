@@ -68,8 +68,8 @@ def load_base(
 def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[LoadedModel, TrainableSpace]:
     """Quantises a base model, puts the adapter on it and moves it to its device; its trainable space.
 
-    The initial values of theta come from the unquantised base, whatever this party's base is. A bfloat16 theta becomes
-    the model's own weights (`TrainableSpace.adopt`).
+    The initial values of theta come from the unquantised base, whatever this party's base is, but for spaces of scales
+    or codes. A bfloat16 theta becomes the model's own weights (`TrainableSpace.adopt`).
 
     Raises:
         SpaceError: the mask or the patterns do not fit the model, or a full space holds a quantised weight.
@@ -88,6 +88,13 @@ def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[Loa
         exact = {name: p.detach().float().clone() for name, p in loaded.model.named_parameters() if name in names}
     masked = {entry.name: entry.indices for entry in mask.entries} if mask is not None else {}
     compute = COMPUTE_DTYPES[section.compute_dtype]
+    if space.kind in ("scales", "codes"):
+        # On the CPU whatever the device: theta0 is what quantising gives, and has the same bits everywhere.
+        quantise(loaded.model, section.quantisation, compute_dtype=compute, double=False)
+        over = spaces.scales if space.kind == "scales" else spaces.codes
+        built = over(loaded.model, space.include, space.exclude, loaded.new_parameters)
+        loaded.model.to(device)
+        return loaded, built
     quantise(loaded.model, section.quantisation, compute_dtype=compute, masked=masked, kept=own, device=device)
     if space.kind == "adapter":
         loaded = add_adapter(

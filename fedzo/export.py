@@ -1,6 +1,7 @@
 """Export of a finished run: a merged model, a sparse delta, a PEFT adapter or a SHiRA adapter, each with a model card.
 
-Always on the unquantised base: theta is never merged into quantised weights.
+On the unquantised base: theta is never merged into quantised weights. Only a theta of scales or codes is part of a
+quantised base, which is then written out dequantised.
 """
 
 import json
@@ -26,6 +27,7 @@ from fedzo.federation.coordinator import replay
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.replica import theta_digest
 from fedzo.models import EncoderClassifier, LoadedModel, quiet, save_head
+from fedzo.quantisation import dequantise
 from fedzo.runtime import import_peft
 from fedzo.spaces import Segment, TrainableSpace
 from fedzo.spaces.mask import decode, encode
@@ -33,6 +35,7 @@ from fedzo.spaces.space import Part, build
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DELTA = "delta.safetensors"
+_QUANTISED = ("scales", "codes")  # spaces whose theta is part of a quantised base
 _DELTA_FORMAT = "fedzo-delta-1"
 _ADAPTER = "adapter_model.safetensors"
 
@@ -87,7 +90,8 @@ def export(
 
     form = form or default_form(config)
     _check(config, directory, form, dtype)
-    whole = config.model.model_copy(update={"quantisation": "none", "compute_dtype": "float32"})
+    kept = config.model.quantisation if config.space.kind in _QUANTISED else "none"
+    whole = config.model.model_copy(update={"quantisation": kept, "compute_dtype": "float32"})
     experiment = open_experiment(config.model_copy(update={"model": whole}), ledger)
     check_same(ledger, experiment)
     replica = experiment.replica(ledger.spec)
@@ -146,7 +150,10 @@ def write_merged(finetuned: Finetuned, directory: Path, dtype: torch.dtype = tor
         ModelError: a finite value is out of the range of dtype.
     """
     loaded, core = finetuned.loaded, finetuned.core
-    finetuned.space.write(loaded.model, finetuned.theta)
+    if finetuned.space.kind in _QUANTISED:
+        dequantise(loaded.model, finetuned.space, finetuned.theta)
+    else:
+        finetuned.space.write(loaded.model, finetuned.theta)
     if hasattr(core, "peft_config"):
         core = core.merge_and_unload()
     for part in (core, getattr(loaded.model, "head", None)):
@@ -357,7 +364,12 @@ _WRITERS: dict[str, Callable[[Finetuned, Path], None]] = {
     "shira": write_shira,
 }
 # Format -> kinds of space that it can hold.
-FORMS = {"merged": ("full", "sparse", "adapter"), "delta": ("sparse",), "peft": ("adapter",), "shira": ("sparse",)}
+FORMS = {
+    "merged": ("full", "sparse", "adapter", *_QUANTISED),
+    "delta": ("sparse",),
+    "peft": ("adapter",),
+    "shira": ("sparse",),
+}
 
 
 def model_card(finetuned: Finetuned, config: Config, ledger: Ledger, form: str, dtype: str | None = None) -> str:
@@ -388,7 +400,7 @@ def model_card(finetuned: Finetuned, config: Config, ledger: Ledger, form: str, 
         **{split: _recorded(ledger, finetuned.rounds, split) for split in ("validation", "test")},
         "privacy": "none",
     }
-    if (base_of_run := config.model.quantisation) != "none":
+    if config.space.kind not in _QUANTISED and (base_of_run := config.model.quantisation) != "none":
         rows["accuracy of"] = f"the run's {base_of_run} base; this export is on the unquantised one"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedzo.errors import ModelError
 from fedzo.models import EncoderClassifier, is_quantised
 from fedzo.runtime import import_bitsandbytes
+from fedzo.spaces import TrainableSpace
 
 QUANTISATIONS = ("none", "nf4", "fp4", "int8")
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,6 +76,39 @@ def quantise(
         if parameter.is_floating_point() and id(parameter) not in heads and name not in kept:
             parameter.data = parameter.data.to(device, compute_dtype)
     model.to(device)
+
+
+@torch.no_grad()
+def dequantise(model: nn.Module, space: TrainableSpace, theta: Tensor) -> None:
+    """Inverse of `quantise` at a theta of a space of scales or codes: plain linear layers with its weights.
+
+    The quantised layers are replaced one after the other; weights that theta does not cover get their stored values,
+    and theta's other entries are written into their parameters.
+    """
+    space.check(theta)
+    segments = {segment.name: segment for segment in space.segments}
+    places = {
+        name: [(p, a) for p in model.modules() for a, child in p._modules.items() if child is layer]
+        for name, layer in model.named_modules()
+        if hasattr(layer, "dequantised")
+    }
+    for name, parents in places.items():
+        old: Any = model.get_submodule(name)
+        segment = segments.pop(f"{name}.weight", None)
+        if segment is None:
+            weight = old.dequantised()
+        else:
+            held = theta[segment.offset : segment.offset + segment.size].to(old.weight.device)
+            scales = segment.holds == "scales"
+            weight = old.at_scales(old.units(), held) if scales else old.at_codes(held.view(segment.shape))
+        layer = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
+        layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), old.bias
+        for parent, attribute in parents:
+            parent._modules[attribute] = layer.train(old.training)
+    parameters = dict(model.named_parameters())
+    for segment in segments.values():
+        values = theta[segment.offset : segment.offset + segment.size].view(segment.shape)
+        parameters[segment.name].copy_(values)
 
 
 def _layer_class(kind: str) -> Any:

@@ -24,7 +24,7 @@ from fedzo.federation.randomness import choose, derive
 from fedzo.federation.replica import Replica, theta_digest
 from fedzo.federation.spec import PROTOCOL, RunSpec
 from fedzo.federation.worker import Worker
-from fedzo.models import EncoderClassifier, LoadedModel, add_adapter, add_head, load_model
+from fedzo.models import EncoderClassifier, LoadedModel, add_adapter, add_head, load_model, prefix_activations
 from fedzo.quantisation import COMPUTE_DTYPES, quantise
 from fedzo.sensitivity import forward_mask, sensitive_mask, text_batches
 from fedzo.spaces import Mask, TrainableSpace
@@ -88,6 +88,9 @@ def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[Loa
         exact = {name: p.detach().float().clone() for name, p in loaded.model.named_parameters() if name in names}
     masked = {entry.name: entry.indices for entry in mask.entries} if mask is not None else {}
     compute = COMPUTE_DTYPES[section.compute_dtype]
+    prefix = None
+    if (space.kind, space.adapter, space.prefix_init) == ("adapter", "prefix", "activations"):
+        prefix = prefix_activations(loaded, space.virtual_tokens, config.seed)
     if space.kind in ("scales", "codes"):
         # On the CPU whatever the device: theta0 is what quantising gives, and has the same bits everywhere.
         quantise(loaded.model, section.quantisation, compute_dtype=compute, double=False)
@@ -99,7 +102,7 @@ def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[Loa
     if space.kind == "adapter":
         loaded = add_adapter(
             loaded, space.adapter, rank=space.rank, alpha=space.alpha, virtual_tokens=space.virtual_tokens,
-            target_modules=space.targets, seed=config.seed,
+            target_modules=space.targets, seed=config.seed, prefix=prefix,
         )  # fmt: skip
         loaded.model.to(device)
         return loaded, spaces.adapter(loaded.model)

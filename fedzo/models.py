@@ -171,19 +171,21 @@ def add_adapter(
     virtual_tokens: int = 16,
     target_modules: Sequence[str] = (),
     seed: int = 0,
+    prefix: Tensor | None = None,
 ) -> LoadedModel:
     """Wrap the model (of an encoder with a head: its encoder) with a PEFT adapter and freeze the rest but the head.
 
     The adapter's parameters are float32 whatever the base; a quantised base keeps its weights.
 
     Initial values are a function of the seed alone: LoRA A Gaussian with the variance of PEFT's own initialisation,
-    1 / (3 fan_in), and B zero; IA3 one; prefix Gaussian of standard deviation 0.02; prompt rows copied from
-    vocabulary rows that the seed chooses.
+    1 / (3 fan_in), and B zero; IA3 one; prefix Gaussian of standard deviation 0.02 unless it is given; prompt rows
+    copied from vocabulary rows that the seed chooses.
 
     Args:
         rank, alpha: of LoRA (Hu et al. 2021).
         virtual_tokens: length of the prefix (Li and Liang 2021) or prompt (Lester et al. 2021).
         target_modules: suffixes of the names of the layers for lora and ia3; empty: PEFT's choice for the architecture.
+        prefix: first values of a prefix, from :func:`prefix_activations`.
 
     Raises:
         ModelError: the adapter is unknown, peft is not installed, or PEFT cannot put it on this architecture.
@@ -195,14 +197,13 @@ def add_adapter(
         import peft
     except ImportError as error:
         raise ModelError("adapters need the package peft: install fedzo[adapters]") from error
-    classifier = loaded.model if isinstance(loaded.model, EncoderClassifier) else None
-    base = classifier.encoder if classifier is not None else loaded.model
+    classifier, base = _parts(loaded.model)
     if isinstance(base, peft.PeftModel):
         raise ModelError("the model has an adapter already: add one only")
     config = _adapter_config(
         loaded.kind, kind, rank=rank, alpha=alpha, virtual_tokens=virtual_tokens, target_modules=target_modules
     )
-    architecture = getattr(base.config, "model_type", type(base).__name__)
+    architecture = _architecture(base)
     try:
         with quiet():
             _mark_quantised(base)
@@ -212,7 +213,10 @@ def add_adapter(
         raise ModelError(
             f"PEFT cannot put adapter {kind} on architecture {architecture}: {advice} ({_line(error)})"
         ) from error
-    _initialise(wrapped, kind, seed)
+    if kind == "prefix" and prefix is not None:
+        _place_prefix(wrapped, prefix, architecture)
+    else:
+        _initialise(wrapped, kind, seed)
     if kind in ("prefix", "prompt"):
         _try_adapter(wrapped, kind, architecture)
     model: nn.Module = wrapped
@@ -221,6 +225,41 @@ def add_adapter(
         model = classifier
     names = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     return replace(loaded, model=model, new_parameters=names)
+
+
+@torch.no_grad()
+def prefix_activations(loaded: LoadedModel, virtual_tokens: int, seed: int = 0) -> Tensor:
+    """First values of a prefix, as in the code of MeZO (arXiv 2305.17333): what real tokens would leave in its place.
+
+    One forward of the base model over ``virtual_tokens`` tokens that the seed draws from the whole vocabulary; the keys
+    and values that it leaves in the cache are the prefix itself, without a network between.
+
+    They are computed in the base model's own dtype, so other machines may find other last bits. A run takes those of
+    its ledger, where they are an artifact as all initial values are. Take them before quantising.
+
+    Returns:
+        [virtual_tokens, 2 * layers, heads, head size] float32 on the model's device: keys and values of the first
+        layer, then those of the second; ``heads`` are key-value heads.
+
+    Raises:
+        ModelError: the model takes no prefix, or not so long a one, or its layers' keys are of unlike shape.
+    """
+    from transformers import DynamicCache
+
+    _, base = _parts(loaded.model)
+    table = base.get_input_embeddings().weight  # type: ignore[operator]
+    words = philox.words(seed, virtual_tokens).astype("int64") % table.shape[0]
+    ids = torch.from_numpy(words).to(table.device).unsqueeze(0)
+    cache = DynamicCache()
+    try:
+        base(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+        found = [values[0].float() for layer in cache.layers for values in (layer.keys, layer.values)]
+        return torch.stack(found).permute(2, 0, 1, 3).contiguous()
+    except Exception as error:
+        raise ModelError(
+            f"architecture {_architecture(base)} gives no activations of {virtual_tokens} tokens to start a prefix "
+            f'from: set space.prefix_init = "random", or space.adapter = "lora" ({_line(error)})'
+        ) from error
 
 
 def save_head(classifier: EncoderClassifier, directory: Path) -> None:
@@ -236,6 +275,15 @@ def save_head(classifier: EncoderClassifier, directory: Path) -> None:
 def is_quantised(model: nn.Module) -> bool:
     """Whether :func:`fedzo.quantisation.quantise` has quantised a layer of it."""
     return any(hasattr(module, "dequantised") for module in model.modules())
+
+
+def _parts(model: nn.Module) -> tuple[EncoderClassifier | None, Any]:
+    """The classifier, if it is one, and the transformers model."""
+    return (model, model.encoder) if isinstance(model, EncoderClassifier) else (None, model)
+
+
+def _architecture(base: Any) -> str:
+    return str(getattr(base.config, "model_type", type(base).__name__))
 
 
 def _locate(source: str, revision: str | None) -> Path:
@@ -479,6 +527,17 @@ def _initialise(model: nn.Module, kind: str, seed: int) -> None:
         values = directions.fill(torch.empty(parameter.numel()), seed, "gaussian", offset=offset)
         offset += parameter.numel()
         _set(parameter, values * std)
+
+
+def _place_prefix(model: nn.Module, prefix: Tensor, architecture: str) -> None:
+    """Put given first values into PEFT's layout, [virtual tokens, layers x (keys, values) x heads x head size]."""
+    (parameter,) = (p for p in model.parameters() if p.requires_grad)
+    if prefix.dim() != 4 or prefix.numel() != parameter.numel() or len(prefix) != len(parameter):
+        raise ModelError(
+            f"PEFT's prefix for architecture {architecture} is {list(parameter.shape)}, the activations of the model "
+            f'are {list(prefix.shape)}: set space.prefix_init = "random", or space.adapter = "lora"'
+        )
+    _set(parameter, prefix)
 
 
 @torch.no_grad()

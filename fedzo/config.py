@@ -104,7 +104,7 @@ class SpaceSection(Section):
     alpha: float = Field(default=16.0, gt=0, description="scale of LoRA: alpha / rank")
     virtual_tokens: int = Field(default=16, ge=1, description="length of a prefix or prompt")
     prefix_init: Literal["activations", "random"] = Field(
-        default="activations", description="first values of a prefix: those that random tokens leave in the base, or noise"
+        default="activations", description="first values of a prefix: what random tokens leave in the base, or noise"
     )
     targets: Names = Field(
         default=(), description="modules that LoRA and IA3 adapt; empty: PEFT's choice for the model"

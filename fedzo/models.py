@@ -247,7 +247,7 @@ def prefix_activations(loaded: LoadedModel, virtual_tokens: int, seed: int = 0) 
     from transformers import DynamicCache
 
     _, base = _parts(loaded.model)
-    table = base.get_input_embeddings().weight  # type: ignore[operator]
+    table = base.get_input_embeddings().weight
     words = philox.words(seed, virtual_tokens).astype("int64") % table.shape[0]
     ids = torch.from_numpy(words).to(table.device).unsqueeze(0)
     cache = DynamicCache()

@@ -93,6 +93,7 @@ class Differentiator:
         self._check(request.theta)
         if not request.seeds:
             raise SpaceError("a derivative is asked for along no direction: give at least one seed")
+        _refuse_codes(self.space.segments)
         rows: list[Tensor] = []
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
             for seed in request.seeds:
@@ -113,9 +114,11 @@ class Differentiator:
             SpaceError: theta does not fit the space, or a range is empty or outside theta.
         """
         self._check(request.theta)
-        values = _Leaves(request.theta, self._stored, _touched(self.space, request.ranges))
+        touched = _touched(self.space, request.ranges)
+        _refuse_codes(touched)
+        values = _Leaves(request.theta, self._stored, touched)
         with _without_gradients(self.model), torch.enable_grad():
-            losses = self._losses(values, request.batch, {m: _requantised(m) for m in self._frozen})
+            losses = self._losses(values, request.batch, {m: _requantised(m, m.dequantised) for m in self._frozen})
             leaves = list(values.leaves.values())
             mean = losses.mean()
             found = torch.autograd.grad(mean, leaves, allow_unused=True) if mean.requires_grad else [None] * len(leaves)
@@ -187,7 +190,7 @@ class _Dual:
 
     def _dual(self, values: Tensor, offset: int) -> Tensor:
         z = self.directions.axpy(torch.zeros_like(values), self.seed, 1.0, offset=offset)
-        return forward_ad.make_dual(values, z)
+        return forward_ad.make_dual(values, z)  # type: ignore[no-untyped-call]
 
 
 class _Leaves:
@@ -225,46 +228,54 @@ def _touched(space: TrainableSpace, ranges: Sequence[tuple[int, int]]) -> list[S
     return [s for s in space.segments if any(s.offset < a + n and a < s.offset + s.size for a, n in ranges)]
 
 
+def _refuse_codes(segments: Sequence[Segment]) -> None:
+    for segment in segments:
+        if segment.holds == "codes":
+            raise SpaceError(
+                f"{segment.name} is trained in its codes, which are whole numbers and have no derivative: choose "
+                "another estimator, or another space.kind"
+            )
+
+
 def _forward_of(module: nn.Module, slots: Sequence[Slot], values: Values) -> Forward:
     """The module's own forward at theta; of a quantised layer the product that its trained weight or scales make."""
     own_weight = next((slot for slot in slots if slot.owner is module and slot.name == "weight"), None)
     if not hasattr(module, "dequantised") or own_weight is None:
         return Split(module, slots, values, module.forward)
+    layer: Any = module
     segment = own_weight.segment
+
+    def held() -> Tensor:
+        return values.dense(0, segment.offset, segment.size)
+
     if segment.holds == "codes":
-        raise SpaceError(
-            f"{segment.name} is trained in its codes, which are whole numbers: they have no derivative; choose another "
-            "estimator, or another space.kind"
-        )
+        return _requantised(module, lambda: layer.at_codes(held().view(segment.shape)))
     if segment.holds == "scales":
-        layer: Any = module
-        units = layer.units
-        return lambda x: _product(x, layer.at_scales(units(), values.dense(0, segment.offset, segment.size)), layer)
-    return Split(module, slots, values, lambda x: _product(x, own(module, "weight"), module))
+        return lambda x: _product(x, layer.at_scales(layer.units(), held()), own(module, "bias"))
+    return Split(module, slots, values, lambda x: _product(x, own(module, "weight"), own(module, "bias")))
 
 
-def _product(x: Tensor, weight: Tensor, module: nn.Module) -> Tensor:
-    bias = own(module, "bias")
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b of a quantised layer in the weight's dtype, the result in x's."""
     return functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
 
 class _Requantised(torch.autograd.Function):
-    """x W^T + b of a frozen quantised layer whose graph does not keep W: it is dequantised once more going back."""
+    """x W^T + b for a W without derivative that the graph does not keep: it is dequantised once more going back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, dequantised: Callable[[], Tensor]) -> Tensor:
         ctx.dequantised, ctx.dtype = dequantised, x.dtype
-        weight = dequantised()
-        return functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+        return _product(x, dequantised(), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight = ctx.dequantised()
         return (grad.to(weight.dtype) @ weight).to(ctx.dtype), None, None
 
 
-def _requantised(module: nn.Module) -> Forward:
-    return lambda input: _Requantised.apply(input, own(module, "bias"), module.dequantised)
+def _requantised(module: nn.Module, dequantised: Callable[[], Tensor]) -> Forward:
+    return lambda input: _Requantised.apply(input, own(module, "bias"), dequantised)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

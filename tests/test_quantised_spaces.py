@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from fedzo import spaces
 from fedzo.directions import fill, reference, round_stochastically
-from fedzo.errors import ConfigError, SpaceError
+from fedzo.engine import start
+from fedzo.errors import ConfigError, ProtocolError, SpaceError
 from fedzo.evaluation import Evaluator, LossRequest
 from fedzo.evaluation import evaluator as evaluator_module
+from fedzo.experiment import Experiment
+from fedzo.federation.coordinator import Coordinator
 from fedzo.models import load_model
 from fedzo.quantisation import dequantise, quantise
+from fedzo.run_folder import RunFolder
 from fedzo.runtime import import_bitsandbytes
 from fedzo.spaces import TrainableSpace
 
@@ -235,3 +239,20 @@ def test_refusals(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             config(data, **({"space__kind": "scales"} | changes))
+
+
+def test_another_quantisation_is_refused_at_the_handshake(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    settings = {"space__kind": "scales", "model__quantisation": "nf4"}
+    ours = Experiment(config(data, **settings))
+    other = Experiment(config(data, **settings | {"model__quantisation": "fp4"}))
+    assert ours.space.size == other.space.size
+    folder = RunFolder.create(tmp_path / "run", ours.config)
+    ledger = start(folder, ours)
+    coordinator = Coordinator(ledger, ours.replica(ledger.spec))
+    coordinator.admit(ours.worker(0, ours.replica(ledger.spec)).hello())
+    with pytest.raises(
+        ProtocolError, match=r"space_hash .*; scales are of one quantised base, and this client's is fp4"
+    ):
+        coordinator.admit(other.worker(1, other.replica(ledger.spec)).hello())
+    ledger.close()

@@ -131,7 +131,9 @@ class Coordinator:
         ):
             found = getattr(hello, name)
             if found != wanted:
-                raise ProtocolError(f"client {hello.client} refused: its {name} is {found!r}, the run's is {wanted!r}")
+                raise ProtocolError(
+                    f"client {hello.client} refused: its {name} is {found!r}, the run's is {wanted!r}{self._hint(hello)}"
+                )
         if not 0 <= hello.client < self.spec.clients:
             raise ProtocolError(f"client {hello.client} refused: the run has the clients 0 to {self.spec.clients - 1}")
         if not 1 <= hello.examples < 2**32:
@@ -149,6 +151,13 @@ class Coordinator:
             )
         self.members[hello.client] = Member(hello.examples, needs_initial=differs)
         self._greeted[hello.client] = hello
+
+    def _hint(self, hello: Hello) -> str:
+        if self.spec.space not in ("scales", "codes") or hello.space_hash == self.spec.space_hash:
+            return ""
+        return (
+            f"; {self.spec.space} are of one quantised base, and this client's is {hello.quantisation}: load the run's"
+        )
 
     def sent_artifact(self, size: int) -> None:
         """Counts bytes of an artifact that the transport brought to a client."""

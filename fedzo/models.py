@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def add_adapter(
     if isinstance(base, peft.PeftModel):
         raise ModelError("the model has an adapter already: add one only")
     config = _adapter_config(
-        loaded.kind, kind, rank=rank, alpha=alpha, virtual_tokens=virtual_tokens, target_modules=target_modules
+        loaded.kind, kind, base, rank=rank, alpha=alpha, virtual_tokens=virtual_tokens, target_modules=target_modules
     )
     architecture = _architecture(base)
     try:
@@ -213,6 +214,8 @@ def add_adapter(
         raise ModelError(
             f"PEFT cannot put adapter {kind} on architecture {architecture}: {advice} ({_line(error)})"
         ) from error
+    if kind == "prompt":
+        wrapped.get_prompt = partial(_prompts, wrapped)
     if kind == "prefix" and prefix is not None:
         _place_prefix(wrapped, prefix, architecture)
     else:
@@ -472,6 +475,7 @@ def _label_features(model: EncoderClassifier, tokenizer: Any, texts: Sequence[st
 def _adapter_config(
     model_kind: str,
     kind: str,
+    base: Any,
     *,
     rank: int,
     alpha: float,
@@ -493,8 +497,18 @@ def _adapter_config(
     if kind == "prefix":
         return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=virtual_tokens)
     return peft.PromptTuningConfig(
-        task_type=task, num_virtual_tokens=virtual_tokens, prompt_tuning_init=peft.PromptTuningInit.RANDOM
+        task_type=task,
+        num_virtual_tokens=virtual_tokens,
+        prompt_tuning_init=peft.PromptTuningInit.RANDOM,
+        token_dim=base.get_input_embeddings().embedding_dim,  # OPT may project these up to the hidden size
     )
+
+
+def _prompts(model: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
+    """As `PeftModel.get_prompt` for a prompt, but looked up for each row, so that rows may be at unlike points."""
+    tokens = model.prompt_tokens[model.active_adapter].to(model.device)
+    prompts: Tensor = model.prompt_encoder[model.active_adapter](tokens.expand(batch_size, -1))
+    return prompts
 
 
 def _mark_quantised(base: nn.Module) -> None:

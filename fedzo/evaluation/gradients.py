@@ -8,6 +8,7 @@ torch's own, which have derivatives.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedzo.errors import SpaceError
 from fedzo.evaluation.batch import Batch
-from fedzo.evaluation.layers import Forward, Slot, Split, Values, everywhere, nowhere, own, placed, readers, replaced
+from fedzo.evaluation.layers import (
+    Forward,
+    Slot,
+    Split,
+    Values,
+    everywhere,
+    frozen_weight,
+    nowhere,
+    own,
+    placed,
+    readers,
+    replaced,
+)
 from fedzo.evaluation.scores import losses_from_scores, repeated_scores
 from fedzo.spaces import Segment, TrainableSpace
 
@@ -100,7 +113,7 @@ class Differentiator:
                 values = _Dual(request.theta, self._stored, request.directions, seed)
                 with forward_ad.dual_level():
                     losses = self._forward_mode(values, request.batch)
-                    loss, tangent = forward_ad.unpack_dual(losses)
+                    loss, tangent = forward_ad.unpack_dual(losses)  # type: ignore[no-untyped-call]
                     rows = rows or [loss.clone()]
                     rows.append(torch.zeros_like(loss) if tangent is None else tangent.clone())
         return torch.stack(rows).float().cpu()
@@ -118,7 +131,9 @@ class Differentiator:
         _refuse_codes(touched)
         values = _Leaves(request.theta, self._stored, touched)
         with _without_gradients(self.model), torch.enable_grad():
-            losses = self._losses(values, request.batch, {m: _requantised(m, m.dequantised) for m in self._frozen})
+            losses = self._losses(
+                values, request.batch, {m: _requantised(m, partial(frozen_weight, m)) for m in self._frozen}
+            )
             leaves = list(values.leaves.values())
             mean = losses.mean()
             found = torch.autograd.grad(mean, leaves, allow_unused=True) if mean.requires_grad else [None] * len(leaves)
@@ -190,7 +205,8 @@ class _Dual:
 
     def _dual(self, values: Tensor, offset: int) -> Tensor:
         z = self.directions.axpy(torch.zeros_like(values), self.seed, 1.0, offset=offset)
-        return forward_ad.make_dual(values, z)  # type: ignore[no-untyped-call]
+        dual: Tensor = forward_ad.make_dual(values, z)  # type: ignore[no-untyped-call]
+        return dual
 
 
 class _Leaves:

@@ -132,7 +132,8 @@ class Coordinator:
             found = getattr(hello, name)
             if found != wanted:
                 raise ProtocolError(
-                    f"client {hello.client} refused: its {name} is {found!r}, the run's is {wanted!r}{self._hint(hello)}"
+                    f"client {hello.client} refused: its {name} is {found!r}, the run's is {wanted!r}"
+                    + self._hint(hello)
                 )
         if not 0 <= hello.client < self.spec.clients:
             raise ProtocolError(f"client {hello.client} refused: the run has the clients 0 to {self.spec.clients - 1}")

@@ -113,8 +113,8 @@ class _Progress(Progress):
         self.update(self._task, completed=summary.round + 1)
 
     def evaluation(self, rounds: int, split: str, metrics: dict[str, float]) -> None:
-        name = "accuracy" if "accuracy" in metrics else "perplexity"
-        shown = f"{name} {metrics[name]:.1%}" if name == "accuracy" else f"{name} {metrics[name]:.3f}"
+        name = next((name for name in ("accuracy", "f1") if name in metrics), "perplexity")
+        shown = f"{name} {metrics[name]:.3f}" if name == "perplexity" else f"{name} {metrics[name]:.1%}"
         if split == "validation":
             self._quality = shown
         self.console.print(f"[dim]after {rounds} rounds: {split} {shown}, loss {metrics['loss']:.4f}[/dim]")
@@ -161,7 +161,8 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
     if isinstance(value, float):
-        return f"{value:.2%}" if "accuracy" in name else f"{value:.4f}"
+        share = any(part in name for part in ("accuracy", "f1", "exact_match"))
+        return f"{value:.2%}" if share else f"{value:.4f}"
     if isinstance(value, int):
         if name.endswith("_per_client"):
             return f"{value} bytes" if value < 1000 else f"{value:,} bytes ({_size(value)})"
@@ -192,7 +193,7 @@ def _go(folder: Any, config: Any, quiet: bool, as_json: bool, new: bool = False)
         if silent:
             ledger = engine.run(experiment, folder)
         else:
-            _warn_of_overlap(experiment.splits)
+            _warn_of_data(experiment.splits)
             with _Progress(config.federation.rounds, done, config.data.clients, sent) as progress:
                 ledger = engine.run(experiment, folder, [progress])
     except KeyboardInterrupt:
@@ -213,7 +214,11 @@ def _interrupted(folder: Any) -> typer.Exit:
     return typer.Exit(INTERRUPTED)
 
 
-def _warn_of_overlap(splits: Any) -> None:
+def _warn_of_data(splits: Any) -> None:
+    if splits.unlabelled:
+        errors.print(
+            f"[yellow]warning:[/yellow] {splits.unlabelled} examples without an agreed label were left out of the data"
+        )
     for count, part, other in (
         (splits.train_in_test, "training", "test"),
         (splits.validation_in_test, "validation", "test"),

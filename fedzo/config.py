@@ -132,6 +132,11 @@ class DataSection(Section):
         default=0.05, gt=0, lt=1, description="part of train used to select when none is given"
     )
     limit: int = Field(default=0, ge=0, description="training examples at most; 0: all")
+    shots: int = Field(
+        default=0,
+        ge=0,
+        description="k, training examples a class (in all, without fixed classes), as many to select on; 0: all data",
+    )
     clients: int = Field(default=10, ge=1, description="number of clients")
     partition: str = Field(default="dirichlet", description="how clients' data differ: iid, dirichlet, natural, ...")
     alpha: float = Field(
@@ -180,6 +185,7 @@ class EvaluationSection(Section):
     )
     batch_size: int = Field(default=64, ge=1, description="examples of an evaluation's forward pass")
     limit: int = Field(default=0, ge=0, description="validation examples at most; 0: all")
+    max_new_tokens: int = Field(default=50, ge=1, description="tokens of a generated answer at most")
 
 
 class RuntimeSection(Section):
@@ -226,6 +232,10 @@ class Config(Section):
                 lookup(dict.fromkeys(known), name, what)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        if self.data.shots and self.data.limit:
+            raise ValueError(
+                f"data.shots is {self.data.shots} and data.limit is {self.data.limit}: set one of them to 0"
+            )
         if federation.aggregation in NEEDS_SHARED_SEEDS and federation.seeds != "shared":
             raise ValueError(
                 f'federation.aggregation = "{federation.aggregation}" compares clients seed by seed and needs '

@@ -15,6 +15,7 @@ from fedzo.federation.replica import Replica
 from fedzo.federation.spec import RunSpec
 from fedzo.federation.worker import Worker
 from fedzo.run_folder import MetricsLog, RunFolder
+from fedzo.tasks.metrics import quality
 
 Parcel = tuple[int, bytes]
 # Takes (client, plan) parcels, gives (client, answer) parcels back in any order; a lost client gives none.
@@ -190,7 +191,9 @@ def run(
 
 
 def best_round(ledger: Ledger) -> int:
-    """The number of rounds after which validation was best: highest accuracy, else lowest loss; the earliest of equals.
+    """The number of rounds after which validation was best: highest accuracy or F1, else lowest loss.
+
+    Of equals the earliest.
 
     Raises:
         RunError: the run has not been evaluated yet.
@@ -198,12 +201,7 @@ def best_round(ledger: Ledger) -> int:
     evaluations = ledger.evaluations("validation")
     if not evaluations:
         raise RunError(f"{ledger.path} has no evaluation on validation data yet")
-
-    def quality(rounds: int) -> float:
-        metrics = evaluations[rounds]
-        return metrics.get("accuracy", -metrics["loss"])
-
-    return max(sorted(evaluations), key=quality)
+    return max(sorted(evaluations), key=lambda rounds: quality(evaluations[rounds]))
 
 
 def choose_round(ledger: Ledger, text: str) -> int:

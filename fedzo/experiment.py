@@ -3,10 +3,11 @@
 import hashlib
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedzo import spaces
 from fedzo.config import Config, Quantisation
 from fedzo.errors import ConfigError, DataError, SpaceError
 from fedzo.evaluation import Batch, Evaluator, losses_from_scores
+from fedzo.evaluation.generation import generate
 from fedzo.federation.artifact import artifact_name, pack_values
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.randomness import choose, derive
@@ -30,7 +32,7 @@ from fedzo.sensitivity import forward_mask, sensitive_mask, text_batches
 from fedzo.spaces import Mask, TrainableSpace
 from fedzo.spaces.space import shape_of
 from fedzo.spaces.sparse import DRAWN
-from fedzo.tasks import EncodedDataset, Example, Splits, Task, build_task, load_splits, metrics, partition
+from fedzo.tasks import EncodedDataset, Example, Reading, Splits, Task, build_task, load_splits, metrics, partition
 
 
 def choose_device(name: str) -> str:
@@ -218,10 +220,13 @@ class Experiment:
 
     def _task(self, loaded: LoadedModel) -> Task:
         section = self.config.task
-        return build_task(
+        task = build_task(
             section.name, loaded.kind, loaded.tokenizer, max_length=self.config.model.max_length,
             template=section.template, verbalizers=section.verbalizers,
         )  # fmt: skip
+        if task.spec.form == "answer":
+            task.prompts([], self.config.evaluation.max_new_tokens)  # is there room?
+        return task
 
     @cached_property
     def splits(self) -> Splits:
@@ -230,7 +235,7 @@ class Experiment:
         return load_splits(
             section.source, self.task.spec, train=section.train, validation=section.validation, test=section.test,
             validation_fraction=section.validation_fraction, seed=self.config.seed, limit=section.limit,
-            validation_limit=self.config.evaluation.limit,
+            validation_limit=self.config.evaluation.limit, shots=section.shots,
         )  # fmt: skip
 
     @cached_property
@@ -384,19 +389,37 @@ class Experiment:
         )  # fmt: skip
 
     def evaluate(self, theta: Tensor, data: EncodedDataset) -> dict[str, float]:
-        """Metrics of the model at theta: mean loss, and accuracy and macro-F1 (language modelling: perplexity)."""
+        """Metrics of the model at theta: mean loss, and what the task is judged by.
+
+        For language modelling perplexity; for generated answers F1 and exact match, each the best over the references;
+        else accuracy, and for fixed classes or positions macro-F1.
+        """
         order = data.by_length(self.config.evaluation.batch_size)
         batches = [data.batch(chosen) for chosen in order]
         scores = [self.evaluator.scores(theta, batch) for batch in batches]
         losses = torch.cat([losses_from_scores(s, b.labels) for s, b in zip(scores, batches, strict=True)])
-        if self.task.num_labels is None:
+        spec, items = self.task.spec, [data.items[i] for i in np.concatenate(order)]
+        if spec.form == "answer":
+            return {"loss": metrics.mean_loss(losses), **self._answered(theta, items)}
+        if spec.form == "text":
             tokens = torch.cat([metrics.scored_tokens(batch)[:, 0] for batch in batches])
             return {"loss": metrics.mean_loss(losses, tokens), "perplexity": metrics.perplexity(losses, tokens)}
-        labels, width = torch.from_numpy(data.labels[np.concatenate(order)]), max(s.shape[1] for s in scores)
-        padded = [torch.nn.functional.pad(s, (0, width - s.shape[1]), value=-torch.inf) for s in scores]
-        table = torch.cat(padded)
-        return {
-            "loss": metrics.mean_loss(losses),
-            "accuracy": metrics.accuracy(table, labels),
-            "macro_f1": metrics.macro_f1(table, labels),
-        }
+        width = max(s.shape[1] for s in scores)
+        table = torch.cat([torch.nn.functional.pad(s, (0, width - s.shape[1]), value=-torch.inf) for s in scores])
+        labels = metrics.credited(metrics.predictions(table), [spec.right(item) for item in items])
+        figures = {"loss": metrics.mean_loss(losses), "accuracy": metrics.accuracy(table, labels)}
+        return figures | ({"macro_f1": metrics.macro_f1(table, labels)} if spec.classes else {})
+
+    def _answered(self, theta: Tensor, items: Sequence[Example]) -> dict[str, float]:
+        """F1 and exact match of the answers that the model at theta generates."""
+        spec, section = self.task.spec, self.config.evaluation
+        assert isinstance(spec, Reading)
+        prompts = self.task.prompts(items, section.max_new_tokens)
+        with self.evaluator.at(theta) as model:
+            answers = generate(
+                model, self.task.tokenizer, prompts, max_new_tokens=section.max_new_tokens,
+                batch_size=section.batch_size,
+            )  # fmt: skip
+        pairs = [(answer, spec.references(item)) for answer, item in zip(answers, items, strict=True)]
+        f1, exact = (fmean(score(*pair) for pair in pairs) for score in (metrics.token_f1, metrics.exact_match))
+        return {"f1": f1, "exact_match": exact}

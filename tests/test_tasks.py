@@ -501,7 +501,7 @@ def test_overrides_and_custom_tasks() -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "arguments", "message"),
     [
-        ("sst3", "causal", {}, "Did you mean 'sst2'"),
+        ("sst3", "causal", {}, "Did you mean 'sst[25]'"),
         ("sst2", "decoder", {}, "causal, masked, encoder"),
         ("copa", "encoder", {}, "causal or masked"),
         ("lm", "masked", {}, "kind causal"),

@@ -149,6 +149,22 @@ class Evaluator:
         """[B, C] float32 on CPU: the candidate scores at theta."""
         return self._scores(theta, "rademacher", [_Point(0, 0.0)], batch.to(self.device))[0].cpu()
 
+    @contextmanager
+    def at(self, theta: Tensor) -> Iterator[nn.Module]:
+        """Within it the model computes at theta, in forwards of any kind (to generate text, say).
+
+        Whether a parameter is read behind its module's back is known from the scores of a batch: take some first.
+
+        Raises:
+            SpaceError: theta does not fit the space or the device.
+        """
+        self._check(theta)
+        point = [_Point(0, 0.0)]
+        with torch.no_grad(), self._state.at(theta, "rademacher", point):
+            inside = placed(self._slots, everywhere(self._slots, self._state)) if self._resident else self._hooked()
+            with inside:
+                yield self.model
+
     def _together(self, offsets: int, batch: Batch) -> int:
         """Points of one forward: one, or those of as many queries as `TOGETHER` and memory allow."""
         if self.evaluation == "sequential" or self._resident:
@@ -212,11 +228,7 @@ class Evaluator:
     @torch.no_grad()
     def _scores(self, theta: Tensor, family: str, points: Sequence[_Point], batch: Batch) -> Tensor:
         """[points, B, C] float32 on the model's device."""
-        self.space.check(theta)
-        if theta.device != self.device:
-            raise SpaceError(f"theta is on {theta.device}, the model on {self.device}: put both on one device")
-        if self.model.training:
-            self.model.eval()
+        self._check(theta)
         if self._resident:
             return torch.cat([self._materialised(theta, family, point, batch) for point in points])
         with self._hooked(), self._state.at(theta, family, points):
@@ -231,6 +243,13 @@ class Evaluator:
         again = torch.cat([self._materialised(theta, family, point, batch) for point in points])
         self._resident = not bool(torch.isnan(again).any())
         return again
+
+    def _check(self, theta: Tensor) -> None:
+        self.space.check(theta)
+        if theta.device != self.device:
+            raise SpaceError(f"theta is on {theta.device}, the model on {self.device}: put both on one device")
+        if self.model.training:
+            self.model.eval()
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Tasks: prompts and verbalisers, encoded data sets, data loading, partitions, metrics."""
 
+from fedzo.tasks.catalogue import TASKS, Reading, task_spec
 from fedzo.tasks.data import Splits, load_splits
 from fedzo.tasks.dataset import EncodedDataset
 from fedzo.tasks.metrics import (
@@ -7,14 +8,16 @@ from fedzo.tasks.metrics import (
     class_f1,
     confusion,
     correct,
+    exact_match,
     macro_f1,
     mean_loss,
     perplexity,
     predictions,
     scored_tokens,
+    token_f1,
 )
 from fedzo.tasks.partition import PARTITIONERS, partition
-from fedzo.tasks.prompts import TASKS, Example, TaskSpec, task_spec
+from fedzo.tasks.prompts import Example, TaskSpec
 from fedzo.tasks.tasks import Task, build_task
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "TASKS",
     "EncodedDataset",
     "Example",
+    "Reading",
     "Splits",
     "Task",
     "TaskSpec",
@@ -30,6 +34,7 @@ __all__ = [
     "class_f1",
     "confusion",
     "correct",
+    "exact_match",
     "load_splits",
     "macro_f1",
     "mean_loss",
@@ -38,4 +43,5 @@ __all__ = [
     "predictions",
     "scored_tokens",
     "task_spec",
+    "token_f1",
 ]

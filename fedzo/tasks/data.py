@@ -16,6 +16,7 @@ from fedzo.directions import philox
 from fedzo.errors import DataError
 from fedzo.tasks.prompts import Example, TaskSpec
 
+Ints = npt.NDArray[np.int64]
 Located = list[tuple[str, Example]]  # each example with where it comes from: file and line, for messages
 
 
@@ -26,6 +27,7 @@ class Splits:
     Attributes:
         train_in_test, validation_in_test, train_in_validation: how many examples of the first split have the same
             text (all of the task's columns) as one of the second: a warning to show, they are kept.
+        unlabelled: how many examples were left out because their annotators agreed on no label.
     """
 
     train: list[Example]
@@ -34,9 +36,10 @@ class Splits:
     train_in_test: int
     validation_in_test: int
     train_in_validation: int
+    unlabelled: int = 0
 
 
-def permutation(seed: int, count: int) -> npt.NDArray[np.int64]:
+def permutation(seed: int, count: int) -> Ints:
     """The numbers below `count` in random order, a function of `seed` alone (a stable sort of Philox words)."""
     return np.argsort(philox.words(seed, count), kind="stable").astype(np.int64)
 
@@ -52,6 +55,7 @@ def load_splits(
     seed: int = 0,
     limit: int = 0,
     validation_limit: int = 0,
+    shots: int = 0,
 ) -> Splits:
     """Load, check and split the examples of a task.
 
@@ -67,10 +71,12 @@ def load_splits(
         seed: decides which part, and which examples a limit leaves.
         limit: training examples at most, a random choice in the file's order; 0: all.
         validation_limit: the same for validation.
+        shots: k, instead of a limit: training examples of each class (in all, where the task has no fixed classes), and
+            as many others for validation where that comes from train; 0: off.
 
     Raises:
-        DataError: nothing there, unreadable or empty, a column or text missing, an unknown label, or the same file
-            or content named for two splits.
+        DataError: nothing there, unreadable or empty, a column or text missing, an unknown label, the same file
+            or content named for two splits, or fewer examples of a class than shots.
     """
     load, names = _opened(source, train, validation, test)
     given = [name for name in names if name]
@@ -80,13 +86,21 @@ def load_splits(
             "select on a part of train"
         )
     shown = [name if Path(name).is_absolute() else f"{source}, split {name}" for name in names]
-    parts = [_checked(load(name), spec, show) if name else [] for name, show in zip(names, shown, strict=True)]
+    located = [load(name) if name else [] for name in names]
+    parts = [
+        _checked(found, spec, show) if name else [] for found, name, show in zip(located, names, shown, strict=True)
+    ]
+    unlabelled = sum(not spec.labelled(spec.adapt(example)) for found in located for _, example in found)
     for first, second in ((0, 1), (0, 2), (1, 2)):
         if parts[first] and parts[first] == parts[second]:
             raise DataError(f"{source}: {names[first]!r} and {names[second]!r} hold the same examples; change one")
     training, selection, report = parts
     order = permutation(seed, len(training))
-    if not names[1]:
+    if shots:
+        chosen, held_out = _few(training, order, spec, shots, source, validate=not names[1])
+        selection = selection if names[1] else [training[i] for i in np.sort(held_out)]
+        order = chosen
+    elif not names[1]:
         count = math.ceil(validation_fraction * len(training))
         if not 0 < count < len(training):
             raise DataError(
@@ -107,7 +121,29 @@ def load_splits(
         train_in_test=sum(key in seen[2] for key in keys[0]),
         validation_in_test=sum(key in seen[2] for key in keys[1]),
         train_in_validation=sum(key in seen[1] for key in keys[0]),
+        unlabelled=unlabelled,
     )
+
+
+def _few(
+    examples: list[Example], order: Ints, spec: TaskSpec, shots: int, source: str, validate: bool
+) -> tuple[Ints, Ints]:
+    """The first `shots` examples of each class in `order`, and, to validate, those that follow them."""
+    labels = np.array([spec.label(example) if spec.form == "classes" else 0 for example in examples])
+    wanted = 2 * shots if validate else shots
+    chosen: list[Ints] = []
+    for label in range(len(spec.classes) if spec.form == "classes" else 1):
+        members = order[labels[order] == label]
+        if len(members) < wanted:
+            of = f" of class {'/'.join(spec.classes[label])}" if spec.form == "classes" else ""
+            why = f"{shots} to train on and as many to select on" if validate else f"{shots} to train on"
+            hint = ", or name a validation file" if validate and len(members) >= shots else ""
+            raise DataError(
+                f"{source}: data.shots is {shots}, which needs {wanted} training examples{of} ({why}), but there are "
+                f"{len(members)}; lower data.shots{hint}"
+            )
+        chosen.append(members[:wanted])
+    return np.concatenate([part[:shots] for part in chosen]), np.concatenate([part[shots:] for part in chosen])
 
 
 def _opened(source: str, train: str, validation: str, test: str) -> tuple[Callable[[str], Located], list[str]]:
@@ -163,8 +199,18 @@ def _read(name: str) -> Located:
 
 
 def _checked(located: Located, spec: TaskSpec, name: str) -> list[Example]:
-    """The examples with their class index as "label"; documents without text are left out in language modelling."""
-    if not spec.classes:
+    """The examples with their class index as "label".
+
+    Documents without text are left out in language modelling, and examples that the task counts as unlabelled.
+    """
+    located = [(place, spec.adapt(example)) for place, example in located]
+    if located and not any(spec.labelled(example) for _, example in located):
+        raise DataError(
+            f"{name}: none of its {len(located)} examples has a label; the hub's test splits of GLUE keep theirs "
+            "secret: name another split, such as validation"
+        )
+    located = [(place, example) for place, example in located if spec.labelled(example)]
+    if spec.form == "text":
         blank = {"", None}
         located = [(place, e) for place, e in located if not any(_blank(e.get(c, "-"), blank) for c in spec.columns)]
     if not located:
@@ -274,7 +320,7 @@ def _hub(source: str) -> Callable[[str], Located]:
         reason = ""
         for form in forms:
             try:
-                data = load_dataset(*form, split=split)
+                data = _load(load_dataset, form, split)
                 return [(f"{source}, {split}, row {number}", dict(row)) for number, row in enumerate(data, 1)]
             except ValueError as error:  # the data set is there, its split or configuration is not
                 reason = str(error).splitlines()[0]
@@ -289,3 +335,18 @@ def _hub(source: str) -> Callable[[str], Located]:
         )
 
     return load
+
+
+def _load(load_dataset: Callable[..., Any], form: tuple[str, ...], split: str) -> Any:
+    """A split of (name,) or (name, configuration).
+
+    `datasets` no longer runs the loading scripts of older data sets; the hub keeps their examples as Parquet files in
+    a branch, where each configuration is a directory.
+    """
+    try:
+        return load_dataset(*form, split=split)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+    folder = {"data_dir": form[1]} if len(form) == 2 else {}
+    return load_dataset(form[0], revision="refs/convert/parquet", split=split, **folder)

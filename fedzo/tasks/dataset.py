@@ -29,14 +29,16 @@ class EncodedDataset:
     block of text. To partition text, prepare it first, partition the blocks and encode them.
 
     Attributes:
-        labels: [n] int64: right candidate or class of each item; 0 for language modelling.
+        items: what is encoded.
+        labels: [n] int64: right candidate or class of each item; 0 where there is one candidate only.
     """
 
+    items: list[Example]
     labels: Ints
 
     def __init__(self, task: Task, examples: Sequence[Example]) -> None:
         """Tokenises; raises DataError as `Task.encode`, and as `TaskSpec.label` for an unknown label."""
-        items = task.prepare(examples)
+        self.items = items = task.prepare(examples)
         self.labels = np.array([task.spec.label(item) for item in items], dtype=np.int64)
         self._pad = task.pad_token_id
         self._scored = task.kind != "encoder"

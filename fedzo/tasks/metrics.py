@@ -1,11 +1,23 @@
-"""Metrics of scored examples. Scores are [n, C], labels [n] int64."""
+"""Metrics of scored examples, scores [n, C] and labels [n] int64, and of generated answers."""
 
 import math
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedzo.evaluation.batch import Batch
+
+# What a model is judged by, the first that it has; each is better when higher, and from 0 to 1.
+QUALITY = ("accuracy", "f1")
+
+
+def quality(metrics: Mapping[str, float]) -> float:
+    """The number by which evaluations are compared, higher is better: accuracy, else F1, else minus the loss."""
+    return next((metrics[name] for name in QUALITY if name in metrics), -metrics["loss"])
 
 
 def predictions(scores: Tensor) -> Tensor:
@@ -69,3 +81,32 @@ def perplexity(losses: Tensor, tokens: Tensor) -> float:
     """exp of the mean loss in nats over all tokens: losses [n] are means over blocks of tokens [n] each."""
     loss = mean_loss(losses, tokens)
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def credited(predicted: Tensor, right: Sequence[Sequence[int]]) -> Tensor:
+    """[n] int64: each prediction [n] where it is among the example's right candidates, else the first of those."""
+    pairs = zip(predicted.tolist(), right, strict=True)
+    return torch.tensor([found if found in allowed else allowed[0] for found, allowed in pairs], dtype=torch.int64)
+
+
+def normalised(answer: str) -> str:
+    """SQuAD's normal form (Rajpurkar et al., arXiv 1606.05250): small letters, no punctuation, articles or wide spaces."""
+    bare = "".join(character for character in answer.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 where the answer equals a reference in normal form, else 0."""
+    return float(any(normalised(answer) == normalised(reference) for reference in references))
+
+
+def token_f1(answer: str, references: Sequence[str]) -> float:
+    """Largest F1 over the references between their words and the answer's, as bags in normal form."""
+    return max(_bag_f1(normalised(answer).split(), normalised(reference).split()) for reference in references)
+
+
+def _bag_f1(found: Sequence[str], wanted: Sequence[str]) -> float:
+    """2 |both| / (|found| + |wanted|); two empty bags are equal, hence 1."""
+    if not found and not wanted:
+        return 1.0
+    return 2 * (Counter(found) & Counter(wanted)).total() / (len(found) + len(wanted))

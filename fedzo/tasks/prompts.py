@@ -1,23 +1,18 @@
-"""What a task is, before any tokenizer: columns, classes, prompts. A new task is one entry of `TASKS`.
+"""What a task is, before any tokenizer: columns, classes, prompts.
 
-Templates name columns as ``{column}``; ``{mask}`` is where the answer goes, at the end where it is left out. Those of
-SST-2, RTE, BoolQ, COPA and WinoGrande for causal models, and of SST-2, TREC and RTE for masked models, follow the
-prompts published with MeZO (Malladi et al., 2023) and ZO-Bench (Zhang et al., 2024).
+Templates name columns as ``{column}``; ``{mask}`` is where the answer goes, at the end where it is left out.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from string import Formatter
-from typing import Any
+from typing import Any, Literal
 
 from fedzo.errors import ConfigError, DataError
-from fedzo.registry import nearest
 from fedzo.tasks.encoding import Candidate
 
 Example = dict[str, Any]
-KINDS = ("causal", "masked", "encoder")
 
 
 @dataclass(frozen=True)
@@ -72,12 +67,16 @@ class TaskSpec:
     Attributes:
         name: its name in a config.
         columns: text columns that every example must have.
-        classes: for each class, the values that name it in a data file, in lower case; () for language modelling.
-        label_column: where those values are.
+        classes: for each class, the values that name it in a data file, in lower case; () where there are none.
+        label_column: where those values, or the reference answers, are.
         prompts: by kind ("causal", "masked").
         label_texts: for encoders, a sentence for each class, which initialises its row of the head.
         kind: "causal", "masked" or "encoder"; set by `task_spec`.
-        template: for encoders, what replaces the columns as the model's text; set by `task_spec`.
+        template: for encoders, what replaces the columns as the model's text.
+        form: "classes" (the same in every example), "choices" (an example's own candidates), "answer" (a text that the
+            model generates) or "text" (language modelling).
+        aliases: for a column, its name in other published data of the task.
+        unlabelled: label values of examples that annotators did not agree on, which are left out.
     """
 
     name: str
@@ -88,6 +87,9 @@ class TaskSpec:
     label_texts: tuple[str, ...] = ()
     kind: str = ""
     template: str = ""
+    form: Literal["classes", "choices", "answer", "text"] = "classes"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    unlabelled: tuple[str, ...] = ()
 
     def kinds(self) -> tuple[str, ...]:
         """The kinds of model that the task can be put to."""
@@ -95,9 +97,12 @@ class TaskSpec:
 
     def candidates(self, example: Example) -> list[Candidate]:
         """The candidates of an example in the order of the classes (causal and masked)."""
-        prompt = self.prompts[self.kind]
-        before, after = render(prompt.template, self.fields(example))
-        return [Candidate(before, verbalizer, after) for verbalizer in prompt.verbalizers]
+        before, after = self.render(example)
+        return [Candidate(before, verbalizer, after) for verbalizer in self.prompts[self.kind].verbalizers]
+
+    def render(self, example: Example) -> tuple[str, str]:
+        """The kind's template with the example's values: the texts before and after the answer."""
+        return render(self.prompts[self.kind].template, self.fields(example))
 
     def texts(self, example: Example) -> tuple[str, ...]:
         """The text or text pair that an encoder reads."""
@@ -110,8 +115,21 @@ class TaskSpec:
         """The values that templates see."""
         return example
 
+    def adapt(self, example: Example) -> Example:
+        """The example with the task's own columns, where it has them under an alias."""
+        renamed = {name: example[alias] for name, alias in self.aliases.items() if alias in example}
+        return {**renamed, **example}
+
+    def labelled(self, example: Example) -> bool:
+        """Whether the annotators agreed on a label."""
+        return not self.unlabelled or _label_name(example.get(self.label_column)) not in self.unlabelled
+
+    def right(self, example: Example) -> tuple[int, ...]:
+        """Indices of the right candidates; the first is the one that is trained."""
+        return (self.label(example),)
+
     def label(self, example: Example) -> int:
-        """Index of the right class; 0 for language modelling.
+        """Index of the right class or candidate; 0 where there is one candidate only (generation, plain text).
 
         Raises:
             DataError: the value is none of the known labels.
@@ -125,9 +143,10 @@ class TaskSpec:
                 return index
         known = ", ".join("/".join(names) for names in self.classes)
         shown = repr(value) if isinstance(value, int | float) else f"a value of type {type(value).__name__}"
+        hidden = "The hub's test splits of GLUE and SuperGLUE have -1: their labels are secret, report on validation. "
         raise DataError(
             f"unknown label ({shown}) in column {self.label_column!r}; task {self.name!r} knows {known}. "
-            "Correct the file or choose the task that fits it"
+            f"{hidden if name == '-1' else ''}Correct the file or choose the task that fits it"
         )
 
     def check(self, example: Example) -> None:
@@ -136,9 +155,10 @@ class TaskSpec:
         for column in needed:
             if column not in example:
                 found = ", ".join(map(str, example)) or "none"
+                other = f" (or {self.aliases[column]!r})" if column in self.aliases else ""
                 raise DataError(
-                    f"column {column!r} is missing, which task {self.name!r} needs; columns found: {found}. Rename the "
-                    "column in the file, or set the task's template to one that names your columns"
+                    f"column {column!r}{other} is missing, which task {self.name!r} needs; columns found: {found}. "
+                    "Rename the column in the file, or set the task's template to one that names your columns"
                 )
         for column in self.columns:
             value = example[column]
@@ -149,200 +169,13 @@ class TaskSpec:
         self.label(example)
 
 
+def texts_in(value: Any) -> tuple[str, ...]:
+    """The texts of a list, or the one text; those that are blank or no text are left out."""
+    values = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+    return tuple(text for text in values if isinstance(text, str) and text.strip())
+
+
 def _label_name(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip().lower()
-
-
-@dataclass(frozen=True)
-class Question(TaskSpec):
-    """BoolQ: the question gets a capital; templates add the question mark that the data lacks."""
-
-    def fields(self, example: Example) -> Mapping[str, Any]:
-        question = str(example["question"]).strip().rstrip("?")
-        return {**example, "question": question[:1].upper() + question[1:]}
-
-
-@dataclass(frozen=True)
-class Entailment(TaskSpec):
-    """RTE: the masked template puts its own question mark in place of the premise's full stop."""
-
-    def fields(self, example: Example) -> Mapping[str, Any]:
-        if self.kind != "masked":
-            return example
-        return {**example, "premise": str(example["premise"]).strip().rstrip(".")}
-
-
-@dataclass(frozen=True)
-class Choice(TaskSpec):
-    """COPA: "premise because/so choice"; the candidates are the example's own two choices."""
-
-    def candidates(self, example: Example) -> list[Candidate]:
-        premise = str(example["premise"]).strip().rstrip(".")
-        connective = {"cause": "because", "effect": "so"}[str(example["question"]).strip().lower()]
-        choices = (str(example[column]).strip() for column in ("choice1", "choice2"))
-        lowered = [choice[:1].lower() + choice[1:] for choice in choices]
-        if self.kind == "masked":  # the full stop stays outside the masks
-            return [Candidate(f"{premise} {connective} ", choice.rstrip("."), ".") for choice in lowered]
-        return [Candidate(f"{premise} {connective}", f" {choice}") for choice in lowered]
-
-    def check(self, example: Example) -> None:
-        super().check(example)
-        if str(example["question"]).strip().lower() not in ("cause", "effect"):
-            raise DataError("column 'question' must be 'cause' or 'effect'")
-
-
-@dataclass(frozen=True)
-class Blank(TaskSpec):
-    """WinoGrande: an option fills the blank; a causal LM scores what follows the blank, given the option."""
-
-    def candidates(self, example: Example) -> list[Candidate]:
-        before, after = str(example["sentence"]).split("_")
-        return [Candidate(before, str(example[column]).strip(), after) for column in ("option1", "option2")]
-
-    def check(self, example: Example) -> None:
-        super().check(example)
-        blanks = str(example["sentence"]).count("_")
-        if blanks != 1:
-            raise DataError(f"column 'sentence' must have one blank '_', but has {blanks}")
-
-
-_BINARY = (("0",), ("1",))
-
-TASKS: dict[str, TaskSpec] = {
-    spec.name: spec
-    for spec in (
-        TaskSpec(
-            "toy-reviews",
-            columns=("sentence",),
-            classes=_BINARY,
-            prompts={
-                "causal": Prompt("{sentence} it was", (" terrible", " great")),
-                "masked": Prompt("{sentence} it was {mask} .", ("terrible", "great")),
-            },
-            label_texts=("it was terrible", "it was great"),
-        ),
-        TaskSpec(
-            "sst2",
-            columns=("sentence",),
-            classes=(("0", "negative"), ("1", "positive")),
-            prompts={
-                "causal": Prompt("{sentence} It was", (" terrible", " great")),
-                "masked": Prompt("{sentence} It was {mask}.", ("terrible", "great")),
-            },
-            label_texts=("It was terrible.", "It was great."),
-        ),
-        # The numbering of the classes is that of the data used with MeZO, not that of the hub's "trec".
-        TaskSpec(
-            "trec",
-            columns=("sentence",),
-            classes=(("0", "desc"), ("1", "enty"), ("2", "abbr"), ("3", "hum"), ("4", "loc"), ("5", "num")),
-            prompts={
-                "causal": Prompt(
-                    "Question: {sentence}\nType of answer:",
-                    (" Description", " Entity", " Abbreviation", " Person", " Location", " Number"),
-                ),
-                "masked": Prompt(
-                    "{mask}: {sentence}", ("Description", "Entity", "Expression", "Human", "Location", "Number")
-                ),
-            },
-            label_texts=(
-                "What is the description or definition of it?",
-                "What thing, animal or product is it?",
-                "What does the abbreviation stand for?",
-                "Who is the person?",
-                "Where is the place?",
-                "How many are there, or when was it?",
-            ),
-        ),
-        Entailment(
-            "rte",
-            columns=("premise", "hypothesis"),
-            classes=(("0", "entailment"), ("1", "not_entailment")),
-            prompts={
-                "causal": Prompt('{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n', ("Yes", "No")),
-                "masked": Prompt("{premise}? {mask}, {hypothesis}", ("Yes", "No")),
-            },
-            label_texts=("Yes, the second follows from the first.", "No, the second does not follow from the first."),
-        ),
-        Question(
-            "boolq",
-            columns=("passage", "question"),
-            classes=(("0", "false", "no"), ("1", "true", "yes")),
-            prompts={
-                "causal": Prompt("{passage} {question}?\n", ("No", "Yes")),
-                "masked": Prompt("{passage} {question}? {mask}.", ("No", "Yes")),
-            },
-            label_texts=("No, that is false.", "Yes, that is true."),
-        ),
-        Choice(
-            "copa",
-            columns=("premise", "choice1", "choice2", "question"),
-            classes=_BINARY,
-            prompts={"causal": Prompt("", ()), "masked": Prompt("", ())},
-        ),
-        Blank(
-            "winogrande",
-            columns=("sentence", "option1", "option2"),
-            classes=(("1",), ("2",)),
-            label_column="answer",
-            prompts={"causal": Prompt("", ()), "masked": Prompt("", ())},
-        ),
-        TaskSpec("lm", columns=("text",), prompts={"causal": Prompt("", ())}),
-    )
-}
-
-
-def task_spec(name: str, kind: str, *, template: str = "", verbalizers: Sequence[str] = ()) -> TaskSpec:
-    """The task called `name`, put to a model of `kind`, with its template or verbalizers replaced where given.
-
-    `name` is a key of `TASKS`, or "custom", which needs a template and verbalizers: its labels are 0, 1, ... or the
-    verbalizers' own words. For an encoder the template is the model's text and the verbalizers are the label texts.
-
-    Raises:
-        ConfigError: unknown task or kind, a task that does not fit the kind, or overrides that do not fit the task.
-    """
-    answers = tuple(verbalizers)
-    if kind not in KINDS:
-        raise ConfigError(f"model kind {kind!r} is unknown; choose {', '.join(KINDS)}")
-    if name == "custom":
-        if not template or len(answers) < 2:
-            raise ConfigError(
-                "task 'custom' needs a template such as \"{text} It was\" and at least two verbalizers; "
-                f"found template {template!r} and {len(answers)} verbalizers"
-            )
-        spec = TaskSpec("custom", columns=(), classes=_custom_classes(answers))
-    elif name in TASKS:
-        spec = TASKS[name]
-        if kind not in spec.kinds():
-            raise ConfigError(f"task {name!r} needs a model of kind {' or '.join(spec.kinds())}, but it is {kind!r}")
-    else:
-        raise ConfigError(f"unknown task {name!r}. {nearest(name, [*TASKS, 'custom'])}")
-    spec = dataclasses.replace(spec, kind=kind)
-    if not template and not answers:
-        return spec
-    if name != "custom" and kind != "encoder" and not spec.prompts[kind].template:
-        raise ConfigError(f"task {name!r} has no template or verbalizers to replace; leave both empty")
-    if answers and len(answers) != len(spec.classes):
-        raise ConfigError(f"task {name!r} has {len(spec.classes)} classes, but {len(answers)} verbalizers are given")
-    if len(set(answers)) != len(answers) or not all(answer.strip() for answer in answers):
-        raise ConfigError(f"verbalizers must be different from each other and not empty; found {list(answers)}")
-    if template:
-        spec = dataclasses.replace(spec, columns=template_columns(template))
-        if not spec.columns:
-            raise ConfigError(f'template {template!r} names no column; write one as in "{{sentence}} It was"')
-    if kind == "encoder":
-        return dataclasses.replace(spec, template=template, label_texts=answers or spec.label_texts)
-    given = spec.prompts.get(kind, Prompt("", ()))
-    prompt = Prompt(template or given.template, answers or given.verbalizers)
-    if kind == "masked" and "mask" not in [name for _, name in parse_template(prompt.template)]:
-        raise ConfigError(f"template {prompt.template!r} has no {{mask}}, which a masked model needs")
-    return dataclasses.replace(spec, prompts={kind: prompt})
-
-
-def _custom_classes(verbalizers: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Class i is named by i and by its verbalizer's word, unless that word is itself a class number."""
-    numbers = [str(index) for index in range(len(verbalizers))]
-    words = [verbalizer.strip().lower() for verbalizer in verbalizers]
-    return tuple((number,) if word in numbers else (number, word) for number, word in zip(numbers, words, strict=True))

@@ -7,7 +7,8 @@ from typing import Any
 
 from fedzo.errors import ConfigError, DataError
 from fedzo.tasks import encoding
-from fedzo.tasks.prompts import Example, TaskSpec, task_spec
+from fedzo.tasks.catalogue import Reading, task_spec
+from fedzo.tasks.prompts import Example, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Task:
 
     @property
     def num_labels(self) -> int | None:
-        """Number of classes; None for language modelling."""
+        """Number of classes; None where the task has no classes."""
         return len(self.spec.classes) or None
 
     @property
@@ -55,7 +56,7 @@ class Task:
         value there are joined, and blocks keep it, so that no block holds the text of two clients. A block is
         an example with "tokens"; blocks are left as they are.
         """
-        if self.num_labels is not None:
+        if self.spec.form != "text":
             return list(examples)
         if column and any(column not in example for example in examples):
             raise DataError(f"column {column!r} is missing in some documents; it must name the client of each")
@@ -84,7 +85,7 @@ class Task:
         Raises:
             DataError: a text or candidate is empty or does not fit; names the example by its number.
         """
-        if self.num_labels is None:
+        if self.spec.form == "text":
             return encoding.block_rows([example["tokens"] for example in examples], self.tokenizer)
         if self.kind == "encoder":
             texts = [self.spec.texts(example) for example in examples]
@@ -92,6 +93,26 @@ class Task:
         candidates = [self.spec.candidates(example) for example in examples]
         encode = encoding.causal_rows if self.kind == "causal" else encoding.masked_rows
         return encode(candidates, self.tokenizer, self.max_length, first)
+
+    def prompts(self, items: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+        """Token ids that the answer to each item is generated from; a long prompt loses its beginning.
+
+        With the new tokens they are at most `max_length`.
+
+        Raises:
+            ConfigError: the new tokens leave no room for a prompt.
+        """
+        assert isinstance(self.spec, Reading)
+        prefix = encoding.causal_prefix(self.tokenizer)
+        room = self.max_length - max_new_tokens - len(prefix)
+        if room < 1:
+            raise ConfigError(
+                f"evaluation.max_new_tokens is {max_new_tokens} and model.max_length {self.max_length}, which leaves "
+                "no room for a prompt; raise model.max_length or lower evaluation.max_new_tokens"
+            )
+        texts = [self.spec.prompt(item) for item in items]
+        ids = encoding.token_ids(self.tokenizer, texts)
+        return [prefix + ids[text][-room:] for text in texts]
 
 
 def build_task(

@@ -210,7 +210,7 @@ def add_adapter(
             _mark_quantised(base)
             wrapped = peft.get_peft_model(base, config).eval()
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        advice = "name its layers in target_modules" if kind in ("lora", "ia3") else "use lora"
+        advice = "name its layers in space.targets" if kind in ("lora", "ia3") else "use lora"
         raise ModelError(
             f"PEFT cannot put adapter {kind} on architecture {architecture}: {advice} ({_line(error)})"
         ) from error
@@ -257,12 +257,15 @@ def prefix_activations(loaded: LoadedModel, virtual_tokens: int, seed: int = 0) 
     try:
         base(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
         found = [values[0].float() for layer in cache.layers for values in (layer.keys, layer.values)]
-        return torch.stack(found).permute(2, 0, 1, 3).contiguous()
     except Exception as error:
         raise ModelError(
             f"architecture {_architecture(base)} gives no activations of {virtual_tokens} tokens to start a prefix "
-            f'from: set space.prefix_init = "random", or space.adapter = "lora" ({_line(error)})'
+            f'from: set space.prefix_init = "random", or use lora ({_line(error)})'
         ) from error
+    if len({values.shape for values in found}) != 1:
+        why = "has layers with keys of unlike shape" if found else "takes no keys and values from outside"
+        raise ModelError(f"adapter prefix does not work on architecture {_architecture(base)}, which {why}: use lora")
+    return torch.stack(found).permute(2, 0, 1, 3).contiguous()
 
 
 def save_head(classifier: EncoderClassifier, directory: Path) -> None:
@@ -501,6 +504,7 @@ def _adapter_config(
         num_virtual_tokens=virtual_tokens,
         prompt_tuning_init=peft.PromptTuningInit.RANDOM,
         token_dim=base.get_input_embeddings().embedding_dim,  # OPT may project these up to the hidden size
+        num_attention_heads=getattr(base.config, "num_attention_heads", 1),  # PEFT wants one, and makes nothing of it
     )
 
 

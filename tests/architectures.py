@@ -1,4 +1,4 @@
-"""Tiny models of the architectures that fedzo serves, with random weights, and the spaces and batches to try on them."""
+"""Tiny models of the architectures that fedzo serves, with random weights, and spaces and batches to try on them."""
 
 import copy
 import os
@@ -14,9 +14,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    Gemma2Config,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
     OPTConfig,
     PretrainedConfig,
     Qwen2Config,
@@ -44,11 +50,24 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=2, eos_token_id=2
     ),
+    "gpt-neox": GPTNeoXConfig(**_SIZES, **_PLACES, intermediate_size=48),
+    "gemma2": Gemma2Config(**_GROUPED, head_dim=8),
     "bert": BertConfig(**_SIZES, intermediate_size=48, max_position_embeddings=64),
     "roberta": RobertaConfig(**_SIZES, intermediate_size=48, max_position_embeddings=64),
+    "electra": ElectraConfig(**_SIZES, intermediate_size=48, embedding_size=16, max_position_embeddings=64),
+    "deberta-v2": DebertaV2Config(**_SIZES, intermediate_size=48, max_position_embeddings=64),
+    "modernbert": ModernBertConfig(
+        **_SIZES, **_PLACES, intermediate_size=48, pad_token_id=0, cls_token_id=1, sep_token_id=2
+    ),
+    "distilbert": DistilBertConfig(
+        vocab_size=VOCAB, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64
+    ),
     "bert encoder": BertConfig(**_SIZES, intermediate_size=48, max_position_embeddings=64),
     "roberta encoder": RobertaConfig(**_SIZES, intermediate_size=48, max_position_embeddings=64),
 }
+MASKED = ("bert", "roberta", "electra", "deberta-v2", "modernbert", "distilbert")
+# Layers to adapt where PEFT has no choice of its own for an architecture, or none for IA3.
+TARGETS = {"modernbert": ("Wqkv", "mlp.Wo"), "distilbert": ("q_lin", "v_lin"), "electra": ("query", "value")}
 ADAPTERS = ("lora", "ia3", "prefix", "prompt")
 SCHEMES = ("full", "sparse", *ADAPTERS)
 VIRTUAL = 4
@@ -57,7 +76,7 @@ VIRTUAL = 4
 def kind_of(name: str) -> str:
     if name.endswith("encoder"):
         return "encoder"
-    return "masked" if name in ("bert", "roberta") else "causal"
+    return "masked" if name in MASKED else "causal"
 
 
 def build(name: str) -> LoadedModel:
@@ -70,17 +89,15 @@ def build(name: str) -> LoadedModel:
     return add_head(loaded, 2, None) if kind == "encoder" else loaded
 
 
-def with_scheme(loaded: LoadedModel, scheme: str) -> tuple[nn.Module, TrainableSpace]:
+def with_scheme(loaded: LoadedModel, scheme: str, targets: tuple[str, ...] = ()) -> tuple[nn.Module, TrainableSpace]:
     """The model, with an adapter where the scheme is one, and its space."""
     if scheme == "full":
         return loaded.model, spaces.full(loaded.model)
     if scheme == "sparse":
-        mask = spaces.draw_mask(
-            loaded.model, 0.01, "random", loaded.fingerprint, seed=1, exclude=loaded.new_parameters
-        )
+        mask = spaces.draw_mask(loaded.model, 0.01, "random", loaded.fingerprint, seed=1, exclude=loaded.new_parameters)
         return loaded.model, spaces.sparse(loaded.model, mask, loaded.new_parameters)
     prefix = prefix_activations(loaded, VIRTUAL, seed=3) if scheme == "prefix" else None
-    loaded = add_adapter(loaded, scheme, rank=2, virtual_tokens=VIRTUAL, seed=3, prefix=prefix)
+    loaded = add_adapter(loaded, scheme, rank=2, virtual_tokens=VIRTUAL, target_modules=targets, seed=3, prefix=prefix)
     return loaded.model, spaces.adapter(loaded.model)
 
 

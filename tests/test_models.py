@@ -24,9 +24,19 @@ from transformers import (
     RobertaConfig,
 )
 
+from fedzo.config import from_flat
 from fedzo.errors import ModelError
 from fedzo.evaluation import Batch, Evaluator, LossRequest, TokenTargets
-from fedzo.models import ADAPTERS, EncoderClassifier, LoadedModel, add_adapter, add_head, load_model
+from fedzo.experiment import prepare
+from fedzo.models import (
+    ADAPTERS,
+    EncoderClassifier,
+    LoadedModel,
+    add_adapter,
+    add_head,
+    load_model,
+    prefix_activations,
+)
 from fedzo.spaces import adapter, full
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
@@ -222,6 +232,20 @@ def test_adapters_work_and_start_from_the_seed_alone(name: str, kind: str, which
         assert not parameter.requires_grad
 
 
+def test_a_prefix_starts_from_the_unquantised_base_whatever_the_party_has() -> None:
+    pytest.importorskip("bitsandbytes")
+    thetas = {}
+    for quantisation, init in (("none", "activations"), ("nf4", "activations"), ("nf4", "random")):
+        flat = {"space.kind": "adapter", "space.adapter": "prefix", "space.virtual_tokens": 4}
+        config = from_flat({**flat, "space.prefix_init": init, "model.quantisation": quantisation})
+        loaded, space = prepare(config, load_model("embedded", "causal"), None)
+        thetas[quantisation, init] = space.theta0(loaded.model)
+    assert torch.equal(thetas["none", "activations"], thetas["nf4", "activations"])
+    assert 0.015 < float(thetas["nf4", "random"].std()) < 0.025
+    expected = prefix_activations(load_model("embedded", "causal"), 4)
+    assert torch.equal(thetas["nf4", "activations"], expected.flatten())
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_virtual_tokens_keep_answer_positions_at_the_end(name: str) -> None:
     loaded = add_adapter(tiny(name, "causal"), "prompt", virtual_tokens=4)
@@ -237,10 +261,12 @@ def test_virtual_tokens_keep_answer_positions_at_the_end(name: str) -> None:
 def test_adapter_refusals() -> None:
     with pytest.raises(ModelError, match="unknown adapter"):
         add_adapter(tiny("llama", "causal"), "dora")
-    with pytest.raises(ModelError, match="target_modules"):
+    with pytest.raises(ModelError, match=r"space\.targets"):
         add_adapter(tiny("llama", "causal"), "lora", target_modules=["no_such_layer"])
     with pytest.raises(ModelError, match="takes no target_modules"):
         add_adapter(tiny("llama", "causal"), "prefix", target_modules=["q_proj"])
+    with pytest.raises(ModelError, match=r"no activations of 500 tokens .*space.prefix_init"):
+        prefix_activations(tiny("gpt2", "causal"), 500)
     with pytest.raises(ModelError, match="has an adapter already"):
         add_adapter(add_adapter(tiny("llama", "causal"), "lora"), "lora")
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -122,10 +123,13 @@ class Evaluator:
         """
         if isinstance(request, LossRequest):
             return self.losses(request)
-        differentiator = Differentiator(self.model, self.space, self._slots, self._state.stored)
         if isinstance(request, DerivativeRequest):
-            return differentiator.derivatives(request)
-        return differentiator.gradient(request)
+            return self._differentiator.derivatives(request)
+        return self._differentiator.gradient(request)
+
+    @cached_property
+    def _differentiator(self) -> Differentiator:
+        return Differentiator(self.model, self.space, self._slots, self._state.stored)
 
     def losses(self, request: LossRequest) -> Tensor:
         """[len(seeds), len(offsets), B] float32 on CPU: the loss of every example at every point.

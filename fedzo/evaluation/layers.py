@@ -78,13 +78,15 @@ def readers(model: nn.Module, slots: Sequence[Slot]) -> dict[nn.Module, list[Slo
     A parameter in a container (a ParameterDict, say) belongs to the module around it, which is the one that reads it.
     """
     around: dict[str, nn.Module] = {}
+    by_owner: dict[nn.Module, list[Slot]] = {}
+    for slot in slots:
+        by_owner.setdefault(slot.owner, []).append(slot)
     found: dict[nn.Module, list[Slot]] = {}
     for name, module in model.named_modules():
         container = isinstance(module, nn.ParameterDict | nn.ParameterList | nn.ModuleDict | nn.ModuleList)
         around[name] = around[name.rpartition(".")[0]] if container and name else module
-        own_slots = [slot for slot in slots if slot.owner is module]
-        if own_slots:
-            found.setdefault(around[name], []).extend(own_slots)
+        if module in by_owner:
+            found.setdefault(around[name], []).extend(by_owner[module])
     return found
 
 

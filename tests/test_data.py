@@ -237,6 +237,93 @@ def test_duplicates_across_splits_are_counted(folder: Path) -> None:
     assert len(splits.train) == 100
 
 
+# ---- few shots, other names, examples without a label
+
+
+@pytest.mark.parametrize("validation", ["", "dev"])
+def test_shots_are_k_of_each_class(folder: Path, validation: str) -> None:
+    splits = load(folder, validation=validation, shots=7, seed=3)
+    for part in [splits.train] if validation else [splits.train, splits.validation]:
+        assert [sum(e["label"] == label for e in part) for label in (0, 1)] == [7, 7]
+    assert len(splits.test) == 20 and len(splits.validation) == (10 if validation else 14)
+    kept = {e["sentence"] for e in splits.train}
+    assert not kept & {e["sentence"] for e in splits.validation}
+    assert [e["sentence"] for e in splits.train] == [e["sentence"] for e in reviews(100) if e["sentence"] in kept]
+    assert load(folder, validation=validation, shots=7, seed=3) == splits
+    assert load(folder, validation=validation, shots=7, seed=4).train != splits.train
+    assert len(load(folder, validation=validation, shots=7, validation_limit=5).validation) == 5
+
+
+def test_shots_without_fixed_classes_are_k_in_all(tmp_path: Path) -> None:
+    row = {"premise": "It rained.", "choice1": "He left.", "choice2": "She left.", "question": "effect"}
+    write(tmp_path / "train.jsonl", [{**row, "premise": f"It rained {n}.", "label": n % 2} for n in range(20)])
+    splits = load_splits(str(tmp_path), TASKS["copa"], test="", shots=6)
+    assert len(splits.train) == len(splits.validation) == 6
+
+
+def test_too_few_for_the_shots_are_refused(folder: Path) -> None:
+    write(folder / "train.jsonl", [*reviews(8), *({"sentence": f"more {n}", "label": 1} for n in range(20))])
+    with pytest.raises(DataError, match=r"shots is 3, .*6 training examples of class 0/negative.*there are 4.*name"):
+        load(folder, shots=3)
+    assert len(load(folder, shots=3, validation="dev").train) == 6
+    with pytest.raises(DataError, match=r"data.shots is 5, which needs 5 .*class 0/negative .*there are 4; lower"):
+        load(folder, shots=5, validation="dev")
+
+
+def test_columns_and_labels_of_other_published_forms(tmp_path: Path) -> None:
+    """Each task's data set on the hub, and where there are several the others too."""
+    forms: dict[str, tuple[str, dict[str, Any], int]] = {
+        "SetFit/sst2": ("sst2", {"text": "fine", "label": 1, "label_text": "positive"}, 1),
+        "trec": ("trec", {"text": "Who?", "coarse_label": 3, "fine_label": 28}, 3),
+        "trec ": ("trec", {"text": "What is AA?", "coarse_label": 0}, 2),
+        "glue/rte": ("rte", {"sentence1": "a", "sentence2": "b", "label": 1, "idx": 0}, 1),
+        "boolq": ("boolq", {"passage": "a", "question": "b", "answer": True}, 1),
+        "snli_1.0.jsonl": ("snli", {"sentence1": "a", "sentence2": "b", "gold_label": "contradiction"}, 2),
+    }
+    for name, (task, row, label) in forms.items():
+        write(tmp_path / "train.jsonl", [row, {**row, "id": 1}])
+        splits = load_splits(str(tmp_path), TASKS[task], test="", validation_fraction=0.5)
+        assert splits.train[0]["label"] == label, name
+        assert all(splits.train[0][column] for column in TASKS[task].columns), name
+
+
+def test_examples_that_annotators_did_not_agree_on_are_left_out_and_counted(tmp_path: Path) -> None:
+    row = {"premise": "a man eats", "hypothesis": "he sits", "label": 1}
+    write(tmp_path / "train.jsonl", [{**row, "label": n % 4 - 1} for n in range(12)])
+    write(tmp_path / "test.jsonl", [{**row, "premise": "b"}, {**row, "label": -1}])
+    splits = load_splits(str(tmp_path), TASKS["snli"], validation_fraction=0.2)
+    assert len(splits.train) + len(splits.validation) == 9 and len(splits.test) == 1
+    assert splits.unlabelled == 4 and {e["label"] for e in splits.train} <= {0, 1, 2}
+    write(tmp_path / "test.jsonl", [{**row, "label": -1}] * 3)
+    with pytest.raises(DataError, match=r"test.jsonl: none of its 3 examples has a label.*such as validation"):
+        load_splits(str(tmp_path), TASKS["snli"])
+    write(tmp_path / "test.jsonl", [{"sentence": "x", "label": -1}])
+    write(tmp_path / "train.jsonl", reviews(20))
+    with pytest.raises(DataError, match=r"unknown label \(-1\).*secret, report on validation"):
+        load_splits(str(tmp_path), SST2)
+
+
+def test_the_hubs_parquet_branch_takes_the_place_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In that branch a configuration is a directory of splits; the hub's own loader reads such a folder here."""
+    from fedzo.tasks.data import _load
+
+    for config in ("cb", "copa"):
+        for split in ("train", "validation"):
+            (tmp_path / config / split).mkdir(parents=True)
+            write(tmp_path / config / split / "0000.parquet", reviews(4, f"{config} {split}"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    asked: list[Any] = []
+
+    def load_dataset(*form: str, **options: Any) -> Any:
+        asked.append(options.pop("revision", None))
+        if asked[-1] is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found super_glue.py")
+        return datasets.load_dataset(*form, **options)
+
+    found = _load(load_dataset, (str(tmp_path), "cb"), "validation")
+    assert list(found) == reviews(4, "cb validation") and asked == [None, "refs/convert/parquet"]
+
+
 # ---- partitions
 
 

@@ -23,20 +23,24 @@ from fedzo.evaluation.scores import candidate_scores, losses_from_scores
 from fedzo.tasks import (
     TASKS,
     EncodedDataset,
+    Reading,
     Task,
     accuracy,
     build_task,
     class_f1,
     confusion,
     correct,
+    exact_match,
     load_splits,
     macro_f1,
     mean_loss,
     perplexity,
     scored_tokens,
     task_spec,
+    token_f1,
 )
 from fedzo.tasks.encoding import Candidate, Row, causal_rows, masked_rows
+from fedzo.tasks.metrics import credited
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -117,6 +121,199 @@ def log_probabilities(model: Any, tokens: list[int]) -> Tensor:
 
 def scored(rows: list[Row], candidate: int) -> list[int]:
     return [token for row in rows for _, token, owner in row.targets if owner == candidate]
+
+
+# ---- prompts
+
+
+PAIR = {"premise": "The cat sat on the mat.", "hypothesis": "An animal sat."}
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "sst2": {"sentence": "a warm film", "label": 1},
+    "sst5": {"text": "a warm film", "label": 4, "label_text": "very positive"},
+    "trec": {"sentence": "Who wrote it ?", "label": 3},
+    "rte": {**PAIR, "label": 0},
+    "cb": {**PAIR, "label": 0},
+    "snli": {**PAIR, "label": 0},
+    "mnli": {**PAIR, "label": 0},
+    "boolq": {"passage": "Salt -- Salt is a mineral.", "question": "is salt a mineral", "label": 1},
+    "wsc": {"text": "Ann met Eve and She smiled.", "span1_text": "Ann", "span2_text": "She", "label": 0},
+    "wic": {"word": "bank", "sentence1": "A river bank.", "sentence2": "The bank is shut.", "label": 0},
+    "multirc": {"paragraph": "Tom ate.", "question": "Who ate?", "answer": "Tom", "label": 1},
+    "copa": {
+        "premise": "It rained.",
+        "choice1": "I stayed in.",
+        "choice2": "We went out.",
+        "question": "effect",
+        "label": 0,
+    },
+    "winogrande": {"sentence": "Sam beat Kim so _ was glad.", "option1": "Sam", "option2": "Kim", "answer": "1"},
+    "record": {
+        "passage": "Ann met Eve in Rome.\n@highlight\nThey talked",
+        "query": "Later @placeholder went home, and @placeholder slept.",
+        "entities": ["Ann", "Eve", "Rome"],
+        "answers": ["Eve", "Ann"],
+    },
+    "squad": {
+        "title": "Salt",
+        "context": "Salt is white.",
+        "question": " Which colour? ",
+        "answers": {"text": ["white"]},
+    },
+    "drop": {"passage": "He ran 3 yards.", "question": "How far?", "answers_spans": {"spans": ["3", "3 yards"]}},
+}
+SUPPOSE = 'Suppose The cat sat on the mat. Can we infer that "An animal sat."? Yes, No, or Maybe?\n'
+FOLLOWS = "The cat sat on the mat? {}, an animal sat."
+HIGHLIGHT = "Ann met Eve in Rome.\n- They talked\n-"
+QUERY = HIGHLIGHT + " Later {0} went home, and {0} slept."
+# The whole text with each answer in it, in the order of the classes: causal, masked.
+RENDERED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
+    ("sst2", "causal"): ("a warm film It was{}", (" terrible", " great")),
+    ("sst2", "masked"): ("a warm film It was {}.", ("terrible", "great")),
+    ("sst5", "causal"): ("a warm film It was{}", (" terrible", " bad", " okay", " good", " great")),
+    ("sst5", "masked"): ("a warm film It was {}.", ("terrible", "bad", "okay", "good", "great")),
+    ("trec", "causal"): (
+        "Question: Who wrote it ?\nType of answer:{}",
+        (" Description", " Entity", " Abbreviation", " Person", " Location", " Number"),
+    ),
+    ("trec", "masked"): (
+        "{}: Who wrote it ?",
+        ("Description", "Entity", "Expression", "Human", "Location", "Number"),
+    ),
+    ("rte", "causal"): (
+        'The cat sat on the mat.\nDoes this mean that "An animal sat." is true? Yes or No?\n{}',
+        ("Yes", "No"),
+    ),
+    ("rte", "masked"): (FOLLOWS, ("Yes", "No")),
+    ("cb", "causal"): (SUPPOSE + "{}", ("Yes", "No", "Maybe")),
+    ("cb", "masked"): (FOLLOWS, ("Yes", "No", "Maybe")),
+    ("snli", "causal"): (SUPPOSE + "{}", ("Yes", "Maybe", "No")),
+    ("snli", "masked"): (FOLLOWS, ("Yes", "Maybe", "No")),
+    ("mnli", "causal"): (SUPPOSE + "{}", ("Yes", "Maybe", "No")),
+    ("mnli", "masked"): (FOLLOWS, ("Yes", "Maybe", "No")),
+    ("boolq", "causal"): ("Salt -- Salt is a mineral. Is salt a mineral?\n{}", ("No", "Yes")),
+    ("boolq", "masked"): ("Salt -- Salt is a mineral. Is salt a mineral? {}.", ("No", "Yes")),
+    ("wsc", "causal"): (
+        'Ann met Eve and She smiled.\nIn the previous sentence, does the pronoun "she" refer to Ann? Yes or No?\n{}',
+        ("No", "Yes"),
+    ),
+    ("wsc", "masked"): (
+        'Ann met Eve and She smiled. In the previous sentence, does the pronoun "she" refer to Ann? {}.',
+        ("No", "Yes"),
+    ),
+    ("wic", "causal"): (
+        'Does the word "bank" have the same meaning in these two sentences? Yes, No?\nA river bank.\n'
+        "The bank is shut.\n{}",
+        ("No", "Yes"),
+    ),
+    ("wic", "masked"): ('"A river bank." / "The bank is shut." Similar sense of "bank"? {}.', ("No", "Yes")),
+    ("multirc", "causal"): (
+        'Tom ate.\nQuestion: Who ate?\nI found this answer "Tom". Is that correct? Yes or No?\n{}',
+        ("No", "Yes"),
+    ),
+    ("multirc", "masked"): ('Tom ate. Question: Who ate? Is it "Tom"? {}.', ("No", "Yes")),
+    ("copa", "causal"): ("It rained so{}", (" I stayed in.", " we went out.")),
+    ("copa", "masked"): ("It rained so {}.", ("I stayed in", "we went out")),
+    ("winogrande", "causal"): ("Sam beat Kim so {} was glad.", ("Sam", "Kim")),
+    ("winogrande", "masked"): ("Sam beat Kim so {} was glad.", ("Sam", "Kim")),
+    ("record", "causal"): (QUERY, ("Ann", "Eve", "Rome")),
+    ("record", "masked"): (
+        HIGHLIGHT + " Later {} went home, and @placeholder slept.",
+        ("Ann", "Eve", "Rome"),
+    ),
+    ("squad", "causal"): ("Title: Salt\nContext: Salt is white.\nQuestion: Which colour?\nAnswer:{}", (" white\n",)),
+    ("drop", "causal"): ("Passage: He ran 3 yards.\nQuestion: How far?\nAnswer:{}", (" 3\n",)),
+}
+
+
+def test_every_published_task_has_an_example_for_every_kind() -> None:
+    found = {(name, kind) for name, spec in TASKS.items() for kind in spec.prompts}
+    assert found - set(RENDERED) == {("toy-reviews", "causal"), ("toy-reviews", "masked"), ("lm", "causal")}
+
+
+@pytest.mark.parametrize(("name", "kind"), RENDERED)
+def test_the_rendered_prompt(name: str, kind: str) -> None:
+    spec, example = task_spec(name, kind), EXAMPLES[name]
+    spec.check(example)
+    template, answers = RENDERED[name, kind]
+    found = spec.candidates(example)
+    assert [c.before + c.answer + c.after for c in found] == [template.format(answer) for answer in answers]
+    if (name, kind) != ("record", "causal"):
+        assert [c.answer for c in found] == list(answers)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in TASKS.items() if spec.label_texts])
+def test_an_encoder_reads_a_text_or_a_pair_and_has_a_text_for_each_class(name: str) -> None:
+    spec = task_spec(name, "encoder")
+    assert len(spec.label_texts) == len(spec.classes) == len(set(spec.label_texts))
+    if name in EXAMPLES:
+        texts = spec.texts(EXAMPLES[name])
+        assert len(texts) in (1, 2)
+        assert all(EXAMPLES[name][column].lower() in "".join(texts).lower() for column in spec.columns)
+
+
+def test_wsc_and_wic_for_encoders_are_one_text() -> None:
+    assert task_spec("wsc", "encoder").texts(EXAMPLES["wsc"]) == (
+        'Ann met Eve and She smiled. The pronoun "she" refers to Ann.',
+    )
+    answers = ("one meaning", "two meanings")
+    assert task_spec("wic", "encoder", verbalizers=answers).texts(EXAMPLES["wic"]) == (
+        'The word "bank" has the same meaning in: A river bank. / The bank is shut.',
+    )
+
+
+def test_the_first_right_entity_is_trained_and_each_is_correct() -> None:
+    spec = task_spec("record", "causal")
+    assert spec.label(EXAMPLES["record"]) == 1 and spec.right(EXAMPLES["record"]) == (1, 0)
+    right = [(1, 0), (2,), (0, 2), (1,)]
+    assert credited(torch.tensor([0, 1, 2, -1]), right).tolist() == [0, 2, 2, 1]
+    tokenizer = bpe()
+    data = EncodedDataset(build_task("record", "causal", tokenizer, max_length=128), [EXAMPLES["record"]])
+    batch = data.batch([0])
+    assert batch.targets is not None and batch.targets.num_candidates == 3 and batch.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"entities": []}, "'entities' must hold a list"),
+        ({"answers": []}, "test split has no answers"),
+        ({"answers": ["Zoe"]}, "1 answers that are not in column 'entities'"),
+        ({"query": "Who?"}, "@placeholder"),
+    ],
+)
+def test_impossible_record_examples_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        task_spec("record", "causal").check({**EXAMPLES["record"], **change})
+    assert "Zoe" not in str(error.value)
+
+
+def test_references_come_as_text_list_or_object() -> None:
+    for name, answers in (("squad", "answers"), ("drop", "answers_spans")):
+        spec = task_spec(name, "causal")
+        assert isinstance(spec, Reading)
+        forms = ("a", ["a", "", "a"], {"text": ["a"], "answer_start": [3]}, {"spans": ["a"], "types": ["span"]})
+        for form in forms:
+            example = {**EXAMPLES[name], answers: form}
+            spec.check(example)
+            assert spec.references(example) == ("a",)
+        for empty in ("", [], {"text": []}, {"other": ["a"]}, 3, None):
+            with pytest.raises(DataError, match=f"'{answers}' must hold an answer"):
+                spec.check({**EXAMPLES[name], answers: empty})
+
+
+def test_the_answer_and_its_line_end_are_scored() -> None:
+    tokenizer = bpe()
+    task = build_task("squad", "causal", tokenizer, max_length=256)
+    [[row]] = task.encode([EXAMPLES["squad"]])
+    assert tokenizer.decode([token for _, token, _ in row.targets]) == " white\n"
+    assert task.num_labels is None
+    prompt = RENDERED["squad", "causal"][0].format("")
+    [ids] = task.prompts([EXAMPLES["squad"]], 20)
+    assert tokenizer.decode(ids) == "<s>" + prompt
+    [short] = build_task("squad", "causal", tokenizer, max_length=32).prompts([EXAMPLES["squad"]], 20)
+    assert len(short) == 12 and short[0] == 0 and prompt.endswith(tokenizer.decode(short[1:]))
+    with pytest.raises(ConfigError, match=r"max_new_tokens is 32 and model.max_length 32"):
+        build_task("squad", "causal", tokenizer, max_length=32).prompts([], 32)
 
 
 # ---- causal
@@ -466,6 +663,13 @@ def test_batches_are_the_rows_right_padded() -> None:
         ("boolq", {True: 1, False: 0, "true": 1, "No": 0, "1": 1}),
         ("winogrande", {"1": 0, "2": 1, 2: 1}),
         ("trec", {5: 5, "NUM": 5, "abbr": 2}),
+        ("sst5", {0: 0, 4: 4, "very positive": 4, "neutral": 2}),
+        ("cb", {0: 0, "contradiction": 1, "neutral": 2}),
+        ("snli", {"entailment": 0, 1: 1, "contradiction": 2}),
+        ("mnli", {0: 0, "neutral": 1, 2: 2}),
+        ("wsc", {True: 1, "false": 0}),
+        ("wic", {"True": 1, 0: 0}),
+        ("multirc", {1: 1, False: 0}),
     ],
 )
 def test_labels_come_as_numbers_or_words(name: str, values: dict[Any, int]) -> None:
@@ -513,6 +717,9 @@ def test_overrides_and_custom_tasks() -> None:
         ("sst2", "causal", {"verbalizers": (" bad", " fine", " good")}, "2 classes, but 3"),
         ("sst2", "causal", {"verbalizers": (" bad", " bad")}, "different"),
         ("custom", "causal", {}, "needs a template"),
+        ("squad", "masked", {}, "kind causal"),
+        ("record", "encoder", {}, "causal or masked"),
+        ("squad", "causal", {"verbalizers": ("a", "b")}, "0 classes, but 2"),
     ],
 )
 def test_impossible_tasks_are_refused(name: str, kind: str, arguments: dict[str, Any], message: str) -> None:
@@ -546,6 +753,24 @@ def test_metrics() -> None:
     assert perplexity(torch.tensor([1.0, 3.0]), torch.tensor([3, 1])) == pytest.approx(np.exp(1.5))
     assert perplexity(torch.tensor([1e4]), torch.tensor([3])) == float("inf")
     assert np.isnan(accuracy(scores[:0], labels[:0]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "exact", "f1"),
+    [
+        ("The  Eiffel Tower.", ["eiffel tower"], 1.0, 1.0),
+        ("an apple, a pear", ["Apple pear"], 1.0, 1.0),
+        ("U.S.", ["US"], 1.0, 1.0),
+        ("theatre", ["atre"], 0.0, 0.0),  # articles are whole words
+        ("in Paris", ["Rome", "Paris"], 0.0, 2 / 3),  # the best over the references
+        ("red red blue", ["red blue blue"], 0.0, 2 / 3),  # words count as often as they occur
+        ("", ["white"], 0.0, 0.0),
+        ("the", ["a"], 1.0, 1.0),
+    ],
+)
+def test_exact_match_and_f1_are_squads(answer: str, references: list[str], exact: float, f1: float) -> None:
+    assert exact_match(answer, references) == exact
+    assert token_f1(answer, references) == pytest.approx(f1)
 
 
 # ---- real tokenizers, data and a real model

@@ -40,6 +40,8 @@ class Row:
 def token_ids(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
     """Token ids of each distinct text, without special tokens."""
     distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
     encoded = tokenizer(
         distinct,
         add_special_tokens=False,

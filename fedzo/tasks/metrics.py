@@ -90,7 +90,7 @@ def credited(predicted: Tensor, right: Sequence[Sequence[int]]) -> Tensor:
 
 
 def normalised(answer: str) -> str:
-    """SQuAD's normal form (Rajpurkar et al., arXiv 1606.05250): small letters, no punctuation, articles or wide spaces."""
+    """SQuAD's normal form (Rajpurkar et al., arXiv 1606.05250): small letters, no punctuation, no articles."""
     bare = "".join(character for character in answer.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 

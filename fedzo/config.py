@@ -276,6 +276,11 @@ class Config(Section):
                 f'space.kind = "{kind}" trains the {kind} of a quantised base and needs model.quantisation = '
                 f'{" or ".join(map(json.dumps, wanted))}, found "{found}"'
             )
+        if kind == "codes" and self.method.optimizer != "quzo":
+            raise ValueError(
+                'space.kind = "codes" holds whole numbers, which only method.optimizer = "quzo" keeps whole, found '
+                f'"{self.method.optimizer}"'
+            )
         if set(others) - {found}:
             raise ValueError(
                 f'space.kind = "{kind}" needs one quantisation for all, but model.client_quantisation is '

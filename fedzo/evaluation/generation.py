@@ -43,7 +43,7 @@ def generate(
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     # Every setting that changes the choice of a token: those left out would be filled in from the checkpoint's.
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, min_new_tokens=0, min_length=0, do_sample=False, num_beams=1, temperature=1.0,
+        max_new_tokens=max_new_tokens, min_new_tokens=0, do_sample=False, num_beams=1, temperature=1.0,
         top_k=50, top_p=1.0, typical_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0, guidance_scale=1.0,
         eos_token_id=end, pad_token_id=pad, use_cache=True,
     )  # fmt: skip

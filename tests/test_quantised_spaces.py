@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from small_runs import config, make_data
+from small_runs import config, make_data, run
 from test_evaluation import bits, build, hooks, make_batch, plain_losses, untouched
 from torch import Tensor, nn
 
@@ -18,7 +20,8 @@ from fedzo.errors import ConfigError, ProtocolError, SpaceError
 from fedzo.evaluation import Evaluator, LossRequest
 from fedzo.evaluation import evaluator as evaluator_module
 from fedzo.experiment import Experiment
-from fedzo.federation.coordinator import Coordinator
+from fedzo.export import export
+from fedzo.federation.coordinator import Coordinator, replay
 from fedzo.models import load_model
 from fedzo.quantisation import dequantise, quantise
 from fedzo.run_folder import RunFolder
@@ -254,3 +257,21 @@ def test_another_quantisation_is_refused_at_the_handshake(tmp_path: Path) -> Non
     with pytest.raises(ProtocolError, match=r"space_hash .*; scales are of one .* base, and this client's is fp4"):
         coordinator.admit(other.worker(1, other.replica(ledger.spec)).hello())
     ledger.close()
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("nf4", 1), ("int8", 4)])
+def test_a_run_over_scales_replays_and_merges(tmp_path: Path, kind: str, steps: int) -> None:
+    settings = {"space__kind": "scales", "model__quantisation": kind, "federation__local_steps": steps}
+    chosen = config(make_data(tmp_path / "data"), **settings, method__learning_rate=1e-4, data__clients=4)
+    with closing(run(tmp_path / "run", chosen)) as ledger:
+        experiment = Experiment(chosen)
+        replica = experiment.replica(ledger.spec)
+        replay(ledger, replica)  # compares the digest of every round
+        assert replica.rounds == 3 and not torch.equal(replica.theta, experiment.theta0())
+        assert export(chosen, ledger, 3, tmp_path / "merged") == replica.digest().hex()
+    merged = load_model(str(tmp_path / "merged"), "causal").model
+    whole = spaces.full(merged)
+    batch = experiment.validation.batch(np.arange(4))
+    ours = experiment.evaluator.losses(LossRequest(replica.theta, batch, (0.0,)))
+    theirs = Evaluator(merged, whole).losses(LossRequest(whole.theta0(merged), batch, (0.0,)))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

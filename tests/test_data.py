@@ -10,6 +10,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported: no test needs the network
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is not asked: with a name that it may have, its client would try for long where there is no network."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture

@@ -153,6 +153,7 @@ class MethodSection(Section):
     optimizer: str = Field(default="sgd", description="records -> theta")
     eps: float = Field(default=1e-3, gt=0, description="distance of the two points from theta")
     queries: int = Field(default=2, ge=1, le=65535, description="P, directions of a step")
+    clip: float = Field(default=0.0, ge=0, description="a client's scalars are cut to this magnitude (QZO); 0: never")
     batch_size: int = Field(default=8, ge=1, description="examples of a step on one client")
     learning_rate: float = Field(default=1e-3, gt=0, description="peak step size")
     schedule: str = Field(default="linear", description="constant, linear or cosine")

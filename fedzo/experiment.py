@@ -364,6 +364,7 @@ class Experiment:
             scalar_bound=federation.scalar_bound,
             digest_every=federation.digest_every,
             experiment=config.experiment(),
+            clip=method.clip,
         )
 
     def replica(self, spec: RunSpec) -> Replica:

@@ -275,3 +275,15 @@ def test_a_run_over_scales_replays_and_merges(tmp_path: Path, kind: str, steps: 
     ours = experiment.evaluator.losses(LossRequest(replica.theta, batch, (0.0,)))
     theirs = Evaluator(merged, whole).losses(LossRequest(whole.theta0(merged), batch, (0.0,)))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_scalars_are_cut_to_the_clip(tmp_path: Path) -> None:
+    settings = {"space__kind": "scales", "model__quantisation": "nf4", "federation__rounds": 1, "data__clients": 1}
+    data, scalars = make_data(tmp_path / "data"), {}
+    for clip in (0.0, 0.4):
+        chosen = config(data, **settings, method__queries=8, method__clip=clip)
+        with closing(run(tmp_path / f"run-{clip}", chosen)) as ledger:
+            (entry,) = ledger.read()
+            scalars[clip] = entry.scalars
+    assert float(np.abs(scalars[0.0]).min()) < 0.4 < float(np.abs(scalars[0.0]).max())
+    assert np.array_equal(scalars[0.4], scalars[0.0].clip(-0.4, 0.4))

@@ -40,6 +40,7 @@ class RunSpec:
         aggregation, trim, quorum, scalar_bound: how a round's contributions become records.
         digest_every: rounds between recorded digests of theta (the last round always has one).
         experiment: SHA-256 over the configuration of task, data and model preparation.
+        clip: magnitude to which a client cuts its scalars (0: it does not).
     """
 
     protocol: int
@@ -75,6 +76,7 @@ class RunSpec:
     scalar_bound: float
     digest_every: int
     experiment: str
+    clip: float = 0.0
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, shortest float that reads back the same."""

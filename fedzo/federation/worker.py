@@ -88,6 +88,8 @@ class Worker:
             estimate = yield from estimator.estimate(theta, batch, plan.seeds[k].tolist(), plan.eps, spec.family)
             with np.errstate(over="ignore"):
                 scalars[k] = estimate.projected.mean(axis=1)
+            if spec.clip:  # the directional derivatives, as in QZO, arXiv 2505.13430
+                scalars[k] = scalars[k].clip(-spec.clip, spec.clip)
             losses += estimate.loss / steps
             if not np.isfinite(scalars[k]).all() or not np.isfinite(losses):
                 return Failure(plan.run_id, plan.round, self.client, "not-finite")

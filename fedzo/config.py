@@ -12,12 +12,14 @@ from pydantic.fields import FieldInfo
 
 from fedzo.directions import FAMILIES
 from fedzo.errors import ConfigError
-from fedzo.estimators import ESTIMATORS
+from fedzo.estimators import ESTIMATORS, Estimator
 from fedzo.federation.aggregation import AGGREGATORS, NEEDS_SHARED_SEEDS
 from fedzo.federation.spec import SeedSchedule
-from fedzo.optimizers import OPTIMIZERS, SCHEDULES
+from fedzo.limits import Value
+from fedzo.optimizers import OPTIMIZERS, SCHEDULES, Rule
 from fedzo.registry import lookup, nearest
 from fedzo.spaces import METHODS
+from fedzo.structures import STRUCTURES, Structure
 
 Scalar = bool | int | float | str
 _OF_THE_MASK = {"mask", "density", "per_tensor", "calibration", "calibration_examples"}
@@ -150,6 +152,7 @@ class MethodSection(Section):
 
     directions: str = Field(default="rademacher", description="family of random directions")
     estimator: str = Field(default="two-point", description="queries -> scalars")
+    structure: str = Field(default="isotropic", description="step and seed -> direction")
     optimizer: str = Field(default="sgd", description="records -> theta")
     eps: float = Field(default=1e-3, gt=0, description="distance of the two points from theta")
     queries: int = Field(default=2, ge=1, le=65535, description="P, directions of a step")
@@ -158,6 +161,18 @@ class MethodSection(Section):
     learning_rate: float = Field(default=1e-3, gt=0, description="peak step size")
     schedule: str = Field(default="linear", description="constant, linear or cosine")
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise from 0")
+    weight_decay: float = Field(default=0.0, ge=0, description="shrinks theta by learning rate x this, each step")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of momentum")
+    nesterov: bool = Field(default=False, description="look ahead, for momentum")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, for adam and adamw")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment, for adam and adamw")
+    adam_eps: float = Field(default=1e-8, gt=0, description="added to its square root, for adam and adamw")
+    smoothing: float = Field(default=1e-3, gt=0, lt=1, description="share of the newest curvature, for hizoo and hiso")
+    anchor_every: int = Field(default=10, ge=1, description="steps between anchors, for svrg")
+    project_every: int = Field(default=50, ge=2, description="steps between projections of the drift, for dizo")
+    layer_share: float = Field(default=0.25, gt=0, le=1, description="part of the layers a direction moves, layer-wise")
+    rank: int = Field(default=2, ge=1, description="of a matrix's direction, for low-rank and subspace")
+    refresh: int = Field(default=50, ge=1, description="steps between new factors, for low-rank and subspace")
 
 
 class FederationSection(Section):
@@ -226,6 +241,7 @@ class Config(Section):
             for name, known, what in (
                 (method.directions, FAMILIES, "method.directions"),
                 (method.estimator, ESTIMATORS, "method.estimator"),
+                (method.structure, STRUCTURES, "method.structure"),
                 (method.optimizer, OPTIMIZERS, "method.optimizer"),
                 (method.schedule, SCHEDULES, "method.schedule"),
                 (federation.aggregation, AGGREGATORS, "federation.aggregation"),
@@ -233,6 +249,11 @@ class Config(Section):
                 lookup(dict.fromkeys(known), name, what)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        values = flatten(self)
+        for part, name in self._parts():
+            for limit in part.limits:
+                if fault := limit.fault(values):
+                    raise ValueError(f'method.{name} = "{getattr(method, name)}" {fault}')
         if self.data.shots and self.data.limit:
             raise ValueError(
                 f"data.shots is {self.data.shots} and data.limit is {self.data.limit}: set one of them to 0"
@@ -287,6 +308,20 @@ class Config(Section):
                 f'space.kind = "{kind}" needs one quantisation for all, but model.client_quantisation is '
                 f'{", ".join(others)} and model.quantisation is "{found}": leave model.client_quantisation empty'
             )
+
+    def _parts(self) -> list[tuple[type[Estimator] | type[Structure] | type[Rule], str]]:
+        """What the method is made of, each with the key that names it."""
+        method = self.method
+        return [
+            (ESTIMATORS[method.estimator], "estimator"),
+            (STRUCTURES[method.structure], "structure"),
+            (OPTIMIZERS[method.optimizer], "optimizer"),
+        ]
+
+    def settings(self) -> dict[str, Value]:
+        """The keys of ``method`` that its parts read, by name."""
+        names = sorted({name for part, _ in self._parts() for name in part.settings})
+        return {name: getattr(self.method, name) for name in names}
 
     def for_client(self, number: int) -> "Config":
         """With a client's own base, where `model.client_quantisation` gives it one."""

@@ -31,7 +31,7 @@ class Observer(Protocol):
 
 
 def answer(worker: Worker, evaluator: Evaluator, plan: bytes) -> bytes:
-    """What a resident worker answers to a plan: its loss requests are evaluated one by one."""
+    """What a resident worker answers to a plan: its requests are answered one by one."""
     message = decode(plan)
     if not isinstance(message, Plan):
         raise RunError("a worker was sent something else than a plan")
@@ -39,7 +39,7 @@ def answer(worker: Worker, evaluator: Evaluator, plan: bytes) -> bytes:
     try:
         request = next(steps)
         while True:
-            request = steps.send(evaluator.losses(request))
+            request = steps.send(evaluator.answer(request))
     except StopIteration as stop:
         reply: bytes = stop.value.to_bytes()
         return reply

@@ -32,6 +32,7 @@ from fedzo.sensitivity import forward_mask, sensitive_mask, text_batches
 from fedzo.spaces import Mask, TrainableSpace
 from fedzo.spaces.space import shape_of
 from fedzo.spaces.sparse import DRAWN
+from fedzo.structures import Layout
 from fedzo.tasks import EncodedDataset, Example, Reading, Splits, Task, build_task, load_splits, metrics, partition
 
 
@@ -365,14 +366,16 @@ class Experiment:
             digest_every=federation.digest_every,
             experiment=config.experiment(),
             clip=method.clip,
+            structure=method.structure,
+            settings=config.settings(),
         )
 
     def replica(self, spec: RunSpec) -> Replica:
         """A replica at theta0. Of a bfloat16 theta one can be used at a time: a new one takes the weights over."""
         if self._weights is None:
-            return Replica(spec, self.theta0)
+            return Replica(spec, self.theta0, Layout.of(self.space))
         _ = self.theta0_digest, self.initial  # while the weights are at theta0
-        replica = Replica(spec, self._weights_to_move)
+        replica = Replica(spec, self._weights_to_move, Layout.of(self.space))
         self._mover = weakref.ref(replica)
         return replica
 

@@ -32,7 +32,7 @@ from bench_step import two_way_batch
 from torch import nn
 
 from fedzo.evaluation import Evaluator, LossRequest, candidate_scores
-from fedzo.optimizers import SGD, Records, Schedule
+from fedzo.optimizers import SGD, Records, Schedule, Setup
 from fedzo.runtime import keep_memory, release_memory
 from fedzo.spaces import full
 
@@ -71,10 +71,10 @@ def peak(device: str) -> int:
 
 def load_code(device: str) -> None:
     """Compilers and kernels are loaded at their first use; they are no part of what is compared."""
-    rule = SGD(Schedule("constant", LR, 1), 1, "rademacher")
+    rule = SGD(Setup(Schedule("constant", LR, 1)))
     for dtype in DTYPES.values():
         theta = torch.zeros(300, dtype=dtype, device=device)
-        rule.apply(theta, None, [Records(0, np.zeros((1, 1), np.uint64), np.ones((1, 1), np.float32))])
+        rule.apply(theta, {}, [Records(0, np.zeros((1, 1), np.uint64), np.ones((1, 1), np.float32))])
 
 
 def measure(way: str, dtype: torch.dtype, shape: tuple[int, int], count: int, device: str) -> int:
@@ -91,14 +91,14 @@ def measure(way: str, dtype: torch.dtype, shape: tuple[int, int], count: int, de
     elif way != "built":
         theta = space.adopt(model, dtype)
         evaluator = Evaluator(model, space, "paired" if way == "paired" else "sequential")
-        rule = SGD(Schedule("constant", LR, count), 1, "rademacher")
+        rule = SGD(Setup(Schedule("constant", LR, count)))
         for step in range(count):
             if way == "at theta":
                 evaluator.scores(theta, batch)
                 continue
             losses = evaluator.losses(LossRequest(theta, batch, (EPS, -EPS), (step,))).mean(2)[0].tolist()
             scalar = np.full((1, 1), (losses[0] - losses[1]) / (2 * EPS), np.float32)
-            rule.apply(theta, None, [Records(step, np.full((1, 1), step, np.uint64), scalar)])
+            rule.apply(theta, {}, [Records(step, np.full((1, 1), step, np.uint64), scalar)])
         if not bool(torch.isfinite(theta.sum())):
             raise SystemExit("theta is not finite")
     return peak(device)

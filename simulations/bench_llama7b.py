@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from fedzo import directions
+from fedzo.directions.base import Isotropic
 from fedzo.evaluation import Batch, Evaluator, LossRequest, TokenTargets, candidate_scores, losses_from_scores
-from fedzo.optimizers import SGD, Records, Schedule
+from fedzo.optimizers import SGD, Records, Schedule, Setup
 from fedzo.quantisation import COMPUTE_DTYPES, quantise
 from fedzo.runtime import keep_memory
 from fedzo.spaces import Mask, MaskEntry, TrainableSpace, sparse
@@ -113,10 +114,10 @@ def plain_loss(model: nn.Module, batch: Batch) -> float:
 
 
 def step(evaluator: Evaluator, rule: SGD, theta: Tensor, batch: Batch, number: int) -> None:
-    losses = evaluator.losses(LossRequest(theta, batch, (EPS, -EPS), (number,), FAMILY))
+    losses = evaluator.losses(LossRequest(theta, batch, (EPS, -EPS), (number,), Isotropic(FAMILY)))
     plus, minus = losses[0].mean(1).tolist()
     scalar = np.array([[(plus - minus) / (2 * EPS)]], np.float32)
-    rule.apply(theta, None, [Records(number, np.array([[number]], np.uint64), scalar)])
+    rule.apply(theta, {}, [Records(number, np.array([[number]], np.uint64), scalar)])
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -151,7 +152,7 @@ def compare(
     device = theta.device
     batch = two_way_batch(rows, arguments.tokens, model.config.vocab_size)
     on_device = batch.to(device)
-    rule = SGD(Schedule("constant", LR, 10**6), queries=1, family=FAMILY)
+    rule = SGD(Setup(Schedule("constant", LR, 10**6)))
     forget_peak(device)
     plain_loss(model, on_device)
     forward_peak = peak_gib(device)

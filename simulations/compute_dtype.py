@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedzo.directions import axpy
+from fedzo.directions.base import Isotropic
 from fedzo.evaluation import Batch, Evaluator, LossRequest
 from fedzo.models import LoadedModel, add_head, load_model
 from fedzo.quantisation import COMPUTE_DTYPES, quantise
@@ -86,7 +87,7 @@ def reference(model: nn.Module, space: TrainableSpace, theta: Tensor, batch: Bat
 
 def measured(evaluator: Evaluator, theta: Tensor, batch: Batch, eps: float, seeds: range) -> Tensor:
     """[len(seeds)] float64 projected gradients from float32 losses, as a run computes them."""
-    losses = evaluator.losses(LossRequest(theta, batch, (eps, -eps), tuple(seeds), FAMILY)).double().mean(2)
+    losses = evaluator.losses(LossRequest(theta, batch, (eps, -eps), tuple(seeds), Isotropic(FAMILY))).double().mean(2)
     return (losses[:, 0] - losses[:, 1]) / (2 * eps)
 
 

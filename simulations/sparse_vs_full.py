@@ -43,8 +43,9 @@ import numpy as np
 
 from fedzo import engine
 from fedzo.config import Config, flatten, from_flat, load_config
+from fedzo.directions.base import Isotropic
 from fedzo.errors import FedzoError
-from fedzo.estimators import ESTIMATORS, Estimate
+from fedzo.estimators import ESTIMATORS, Estimate, Query
 from fedzo.evaluation import losses_from_scores
 from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import RoundSummary
@@ -179,15 +180,15 @@ def probe(experiment: Experiment) -> Result:
     """
     theta, data, method = experiment.theta0(), experiment.client_data(0), experiment.config.method
     batch = data.batch(np.arange(min(CLIENTS * BATCH, len(data))))
-    estimator = ESTIMATORS[method.estimator]()
+    estimator, directions = ESTIMATORS[method.estimator](), Isotropic(method.directions)
     loss = float(losses_from_scores(experiment.evaluator.scores(theta, batch), batch.labels.cpu()).double().mean())
 
-    def query(directions: int, eps: float) -> Estimate:
-        steps = estimator.estimate(theta, batch, range(directions), eps, method.directions)
+    def query(count: int, eps: float) -> Estimate:
+        steps = estimator.estimate(Query(theta, batch, tuple(range(count)), eps, 0, directions))
         try:
             request = next(steps)
             while True:
-                request = steps.send(experiment.evaluator.losses(request))
+                request = steps.send(experiment.evaluator.answer(request))
         except StopIteration as stop:
             estimate: Estimate = stop.value
             return estimate

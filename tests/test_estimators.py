@@ -9,8 +9,9 @@ from tiny import Rows, losses, theta0
 from torch import Tensor
 
 from fedzo import directions
+from fedzo.directions.base import Isotropic
 from fedzo.errors import ConfigError
-from fedzo.estimators import ESTIMATORS, Estimate, Estimator, TwoPoint
+from fedzo.estimators import ESTIMATORS, Estimate, Estimator, Query, TwoPoint
 from fedzo.evaluation import Batch, LossRequest
 from fedzo.registry import lookup
 
@@ -25,7 +26,7 @@ def run(
     family: str,
     evaluate: Callable[[LossRequest], Tensor],
 ) -> Estimate:
-    steps = estimator.estimate(theta, batch, SEEDS, eps, family)
+    steps = estimator.estimate(Query(theta, batch, tuple(SEEDS), eps, 0, Isotropic(family)))
     try:
         request = next(steps)
         while True:
@@ -47,7 +48,9 @@ def test_on_a_quadratic_it_is_the_directional_derivative(eps: float, family: str
         z = directions.fill(torch.empty_like(theta), seed, family)
         exact = gradients @ z.double()
         # float32 losses of size L are off by a few ulps: 2^-23 L / eps on the quotient
-        tolerance = 8 * 2.0**-23 * float(losses(LossRequest(theta, batch, (eps, -eps), (seed,), family)).max()) / eps
+        tolerance = (
+            8 * 2.0**-23 * float(losses(LossRequest(theta, batch, (eps, -eps), (seed,), Isotropic(family))).max()) / eps
+        )
         np.testing.assert_allclose(estimate.projected[p], exact.numpy(), atol=tolerance + 1e-5)
     assert estimate.projected.shape == (3, 9) and estimate.projected.dtype == np.float64
 

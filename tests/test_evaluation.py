@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from fedzo.directions import fill
+from fedzo.directions.base import Isotropic
 from fedzo.errors import ConfigError, SpaceError
 from fedzo.evaluation import Batch, Evaluator, LossRequest, TokenTargets, candidate_scores, layers, losses_from_scores
 from fedzo.evaluation import evaluator as evaluator_module
@@ -160,7 +161,7 @@ def test_losses_equal_plain_forwards_with_weights_set_by_hand(name: str, kind: s
     before, hooked = bits(model), hooks(model)
     evaluator = Evaluator(model, space)
     family, eps = ("gaussian" if kind == "part" else "rademacher"), 0.02
-    losses = evaluator.losses(LossRequest(theta, batch, (eps, -eps, 0.0), seeds=(12,), family=family))
+    losses = evaluator.losses(LossRequest(theta, batch, (eps, -eps, 0.0), seeds=(12,), directions=Isotropic(family)))
     assert losses.shape == (1, 3, 3) and losses.dtype == torch.float32
     assert untouched(model, before, hooked)
     z = fill(torch.empty(space.size), 12, family)
@@ -178,7 +179,7 @@ def test_paired_is_bit_equal_to_one_at_a_time(name: str, kind: str, way: str) ->
     model, batch = build(name), make_batch()
     space = SPACES[kind](model)
     theta = space.theta0(model) + 0.01 * torch.randn(space.size)
-    request = LossRequest(theta, batch, (1e-2, -1e-2), seeds=(5, 6, 7), family="gaussian")
+    request = LossRequest(theta, batch, (1e-2, -1e-2), seeds=(5, 6, 7), directions=Isotropic("gaussian"))
     before, hooked = bits(model), hooks(model)
     paired, single = Evaluator(model, space, "paired"), Evaluator(model, space, "sequential")
     together, alone = paired.losses(request), single.losses(request)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from fedzo import spaces
 from fedzo.directions import fill
 from fedzo.errors import ModelError, SpaceError
+from fedzo.estimators import ESTIMATORS, Query
 from fedzo.evaluation import Batch, DerivativeRequest, Evaluator, GradientRequest, LossRequest
 from fedzo.models import LoadedModel, add_adapter
 from fedzo.quantisation import quantise
@@ -26,6 +27,9 @@ class Gaussian:
     """Directions that note how many entries of one were asked for at once."""
 
     sizes: list[int] = field(default_factory=list)
+
+    def fill(self, out: Tensor, seed: int, *, offset: int = 0) -> Tensor:
+        return fill(out, seed, "gaussian", offset=offset)
 
     def axpy(
         self, theta: Tensor, seed: int, coefficient: float, *, offset: int = 0, out: Tensor | None = None
@@ -329,3 +333,23 @@ def test_an_operation_without_forward_mode_is_named_and_a_weight_read_from_outsi
     assert same(state(model), before)
     again = evaluator.answer(GradientRequest(theta, batch, ((0, space.size),)))
     torch.testing.assert_close(again, gradient)
+
+
+def test_the_forward_gradient_is_the_derivative_of_each_example() -> None:
+    model, space = with_scheme(build("roberta"), "lora")
+    theta, batch = near(space, model), batch_of("roberta")
+    _, expected = gradients(model, space, theta, batch)
+    estimator = ESTIMATORS["forward-gradient"]({})
+    steps = estimator.estimate(Query(theta, batch, (5, 6), 1e-3, 0, Gaussian()))
+    evaluator = Evaluator(model, space)
+    try:
+        request = next(steps)
+        while True:
+            request = steps.send(evaluator.answer(request))
+    except StopIteration as stop:
+        estimate = stop.value
+    z = torch.stack([fill(torch.empty(space.size), seed, "gaussian") for seed in (5, 6)])
+    torch.testing.assert_close(torch.from_numpy(estimate.projected).float(), z @ expected.T, rtol=1e-4, atol=1e-6)
+    losses = evaluator.losses(LossRequest(theta, batch, (0.0,)))
+    assert estimate.loss == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert estimator.forwards(2) == 4 and estimator.examples(3, 8, 100) == 8

@@ -11,7 +11,8 @@ from fedzo import directions
 from fedzo.directions import philox
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.federation.randomness import pool_seeds
-from fedzo.optimizers import SGD, PoolSGD, Records, Schedule
+from fedzo.optimizers import SGD, PoolSGD, Records, Schedule, Setup
+from fedzo.structures import Frame, IsotropicStructure
 
 SIZE = 333
 RNG = np.random.default_rng(5)
@@ -25,6 +26,10 @@ def theta0() -> Tensor:
 def records(step: int, steps: int, width: int, pool: bool = False) -> Records:
     seeds = RNG.choice(POOL, (steps, width)) if pool else RNG.integers(0, 2**64, (steps, width), dtype=np.uint64)
     return Records(step, seeds, RNG.normal(size=(steps, width)).astype(np.float32))
+
+
+def sgd_of(schedule: Schedule, queries: int, family: str, rounding: int = 0) -> SGD:
+    return SGD(Setup(schedule, queries, IsotropicStructure(Frame(family)), rounding))
 
 
 # -- schedules
@@ -60,7 +65,7 @@ def test_impossible_schedules_are_refused() -> None:
 @pytest.mark.parametrize("family", ["rademacher", "gaussian"])
 def test_sgd_is_its_formula(family: str) -> None:
     schedule = Schedule("cosine", 0.1, 20, 2)
-    sgd, given = SGD(schedule, 4, family), [records(3, 2, 5), records(5, 1, 0), records(5, 3, 4)]
+    sgd, given = sgd_of(schedule, 4, family), [records(3, 2, 5), records(5, 1, 0), records(5, 3, 4)]
     theta, wanted = theta0(), theta0()
     sgd.apply(theta, sgd.init(theta), given)
     for r in given:
@@ -73,26 +78,26 @@ def test_sgd_is_its_formula(family: str) -> None:
 
 
 def test_sgd_step_by_step_is_sgd_fused() -> None:
-    sgd, given = SGD(Schedule("linear", 0.1, 40), 4, "rademacher"), [records(4 * i, 4, 6) for i in range(10)]
+    sgd, given = sgd_of(Schedule("linear", 0.1, 40), 4, "rademacher"), [records(4 * i, 4, 6) for i in range(10)]
     fused, stepwise = theta0(), theta0()
-    sgd.apply(fused, None, given)
+    sgd.apply(fused, {}, given)
     for r in given:
         for s in range(4):
-            sgd.apply(stepwise, None, [Records(r.step + s, r.seeds[s : s + 1], r.scalars[s : s + 1])])
+            sgd.apply(stepwise, {}, [Records(r.step + s, r.seeds[s : s + 1], r.scalars[s : s + 1])])
     assert torch.equal(fused, stepwise)
-    sgd.apply(fused, None, [])
+    sgd.apply(fused, {}, [])
     assert torch.equal(fused, stepwise)
 
 
 def test_sgd_snapshot() -> None:
-    sgd, moved, other = SGD(Schedule("linear", 0.1, 40), 4, "rademacher"), theta0(), theta0()
-    sgd.apply(moved, None, [records(0, 1, 3)])
-    data = sgd.snapshot(moved, None)
-    assert len(data) == sgd.snapshot_bytes(theta0()) == 4 * SIZE
-    sgd.restore(other, None, data)
+    sgd, moved, other = sgd_of(Schedule("linear", 0.1, 40), 4, "rademacher"), theta0(), theta0()
+    sgd.apply(moved, {}, [records(0, 1, 3)])
+    data = sgd.snapshot(moved, {})
+    assert len(data) == sgd.snapshot_bytes(theta0(), {}) == 4 * SIZE
+    sgd.restore(other, {}, data)
     assert torch.equal(other, moved)
     with pytest.raises(ProtocolError, match=f"{4 * SIZE - 1} bytes, wanted {4 * SIZE}"):
-        sgd.restore(other, None, data[:-1])
+        sgd.restore(other, {}, data[:-1])
 
 
 # -- SGD on a bfloat16 theta
@@ -104,9 +109,9 @@ def rounded0() -> Tensor:
 
 def test_rounded_sgd_is_one_rounding_a_step() -> None:
     schedule = Schedule("cosine", 0.1, 20, 2)
-    sgd, given = SGD(schedule, 4, "rademacher", rounding=11), [records(3, 2, 5), records(5, 1, 0), records(6, 3, 4)]
+    sgd, given = sgd_of(schedule, 4, "rademacher", rounding=11), [records(3, 2, 5), records(5, 1, 0), records(6, 3, 4)]
     theta, wanted = rounded0(), rounded0()
-    sgd.apply(theta, None, given)
+    sgd.apply(theta, {}, given)
     for r in given:
         for s in range(len(r.seeds)):
             low, high = philox.words(11, 2, r.step + s).tolist()
@@ -117,40 +122,40 @@ def test_rounded_sgd_is_one_rounding_a_step() -> None:
     assert torch.equal(theta, wanted) and not torch.equal(theta, rounded0())
     assert torch.allclose(theta.float(), theta0(), atol=3.0)
     other = rounded0()
-    SGD(schedule, 4, "rademacher", rounding=12).apply(other, None, given)
+    sgd_of(schedule, 4, "rademacher", rounding=12).apply(other, {}, given)
     assert not torch.equal(other, theta)
 
 
 def test_rounded_sgd_step_by_step_is_fused() -> None:
-    sgd, given = SGD(Schedule("linear", 0.1, 40), 4, "rademacher", 5), [records(2 * i, 2, i % 3) for i in range(10)]
+    sgd, given = sgd_of(Schedule("linear", 0.1, 40), 4, "rademacher", 5), [records(2 * i, 2, i % 3) for i in range(10)]
     fused, stepwise = rounded0(), rounded0()
-    sgd.apply(fused, None, given)
+    sgd.apply(fused, {}, given)
     for r in given:
         for s in range(2):
-            sgd.local().apply(stepwise, None, [Records(r.step + s, r.seeds[s : s + 1], r.scalars[s : s + 1])])
+            sgd.apply(stepwise, {}, [Records(r.step + s, r.seeds[s : s + 1], r.scalars[s : s + 1])])
     assert torch.equal(fused, stepwise)
 
 
 def test_streams_are_counted_by_the_step() -> None:
-    sgd = SGD(Schedule("linear", 0.1, 40), 4, "rademacher", 5)
+    sgd = sgd_of(Schedule("linear", 0.1, 40), 4, "rademacher", 5)
     assert sgd.streams(3, 4).tolist() == [int(sgd.streams(step, 1)[0]) for step in range(3, 7)]
     assert np.unique(sgd.streams(0, 1000)).size == 1000
 
 
 def test_rounded_snapshot_has_two_bytes_a_value() -> None:
-    sgd, moved, other = SGD(Schedule("linear", 0.1, 40), 4, "rademacher"), rounded0(), rounded0()
-    sgd.apply(moved, None, [records(0, 1, 3)])
-    data = sgd.snapshot(moved, None)
+    sgd, moved, other = sgd_of(Schedule("linear", 0.1, 40), 4, "rademacher"), rounded0(), rounded0()
+    sgd.apply(moved, {}, [records(0, 1, 3)])
+    data = sgd.snapshot(moved, {})
     assert len(data) == sgd.snapshot_bytes(moved) == 2 * SIZE
-    sgd.restore(other, None, data)
+    sgd.restore(other, {}, data)
     assert torch.equal(other, moved)
     with pytest.raises(ProtocolError, match=f"{4 * SIZE} bytes, wanted {2 * SIZE}"):
-        sgd.restore(other, None, SGD.snapshot(sgd, theta0(), None))
+        sgd.restore(other, {}, SGD.snapshot(sgd, theta0(), {}))
     assert torch.equal(other, moved)
 
 
 def test_a_pool_refuses_a_rounded_theta() -> None:
-    rule = PoolSGD(SGD(Schedule("linear", 0.05, 100), 3, "rademacher"), POOL)
+    rule = PoolSGD(sgd_of(Schedule("linear", 0.05, 100), 3, "rademacher"), POOL)
     with pytest.raises(ConfigError, match='seed schedule "pool" needs float32'):
         rule.init(rounded0())
 
@@ -166,7 +171,7 @@ def test_records_have_one_shape() -> None:
 @pytest.mark.parametrize("family", ["rademacher", "gaussian"])
 def test_pool_is_the_direct_sum(family: str) -> None:
     schedule = Schedule("constant", 0.05, 100)
-    rule = PoolSGD(SGD(schedule, 3, family), POOL)
+    rule = PoolSGD(sgd_of(schedule, 3, family), POOL)
     given = [records(i, 1, 6, pool=True) for i in range(30)]
     theta = theta0()
     state = rule.apply(theta, rule.init(theta), given)
@@ -183,7 +188,7 @@ def test_pool_is_the_direct_sum(family: str) -> None:
 
 
 def test_pool_grouping_and_snapshot() -> None:
-    rule = PoolSGD(SGD(Schedule("linear", 0.05, 100), 3, "rademacher"), POOL)
+    rule = PoolSGD(sgd_of(Schedule("linear", 0.05, 100), 3, "rademacher"), POOL)
     given = [records(2 * i, 2, 6, pool=True) for i in range(20)]
     fused, stepwise, late = theta0(), theta0(), theta0()
     state = rule.apply(fused, rule.init(fused), given)
@@ -192,7 +197,7 @@ def test_pool_grouping_and_snapshot() -> None:
         walking = rule.apply(stepwise, walking, [r])
     assert torch.equal(fused, stepwise)
     data = rule.snapshot(fused, state)
-    assert len(data) == rule.snapshot_bytes(theta0()) == 8 * POOL.size
+    assert len(data) == rule.snapshot_bytes(theta0(), {}) == 8 * POOL.size
     restored = rule.restore(late, rule.init(late), data)
     assert torch.equal(late, fused)
     more = [records(40, 1, 6, pool=True)]  # the state goes on from there, bit for bit
@@ -204,7 +209,7 @@ def test_pool_grouping_and_snapshot() -> None:
 
 
 def test_a_seed_outside_the_pool_is_refused() -> None:
-    rule, theta = PoolSGD(SGD(Schedule("linear", 0.05, 100), 3, "rademacher"), POOL), theta0()
+    rule, theta = PoolSGD(sgd_of(Schedule("linear", 0.05, 100), 3, "rademacher"), POOL), theta0()
     with pytest.raises(ProtocolError, match="not in the run's pool of 7"):
         rule.apply(theta, rule.init(theta), [records(0, 1, 2, pool=True), records(1, 1, 2)])
     assert torch.equal(theta, theta0())

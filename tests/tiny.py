@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedzo import directions
 from fedzo.evaluation import Batch, LossRequest
 from fedzo.federation.artifact import artifact_name, pack_values
 from fedzo.federation.coordinator import Coordinator, RoundSummary
@@ -82,7 +81,7 @@ def losses(request: LossRequest) -> Tensor:
     rows = []
     for seed in request.seeds:
         for a in request.offsets:
-            point = directions.axpy(request.theta, seed, a, request.family, out=torch.empty_like(request.theta))
+            point = request.directions.axpy(request.theta, seed, a, out=torch.empty_like(request.theta))
             rows.append(0.5 * ((request.batch.inputs["x"] * point).sum(1) - request.batch.inputs["y"]) ** 2)
     return torch.stack(rows).view(len(request.seeds), len(request.offsets), -1)
 

@@ -57,7 +57,7 @@ def axpy(
     """
     _check_family(family)
     _check_vector("theta", theta, offset)
-    c = _coefficient(coefficient)
+    c = finite_coefficient(coefficient)
     if out is not None:
         _check_vector("out", out, offset)
         _check_pair(theta, out)
@@ -205,8 +205,8 @@ def _check_pair(theta: Tensor, out: Tensor) -> None:
         raise ValueError("out overlaps theta in part, but must be theta itself or memory of its own")
 
 
-def _coefficient(value: float) -> float:
-    """The float32 nearest to ``value``."""
+def finite_coefficient(value: float) -> float:
+    """The float32 nearest to ``value``; RunError when that is not finite."""
     with np.errstate(over="ignore"):
         rounded = float(np.float32(value))
     if not math.isfinite(rounded):

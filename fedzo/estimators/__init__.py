@@ -1,10 +1,9 @@
 """Estimators: queries -> scalars. A new estimator is one class in one file and one line in `ESTIMATORS`."""
 
-from collections.abc import Callable
-
-from fedzo.estimators.base import Estimate, Estimator
+from fedzo.estimators.base import Estimate, Estimator, Query
+from fedzo.estimators.forward_gradient import ForwardGradient
 from fedzo.estimators.two_point import TwoPoint
 
-ESTIMATORS: dict[str, Callable[[], Estimator]] = {"two-point": TwoPoint}
+ESTIMATORS: dict[str, type[Estimator]] = {"two-point": TwoPoint, "forward-gradient": ForwardGradient}
 
-__all__ = ["ESTIMATORS", "Estimate", "Estimator", "TwoPoint"]
+__all__ = ["ESTIMATORS", "Estimate", "Estimator", "ForwardGradient", "Query", "TwoPoint"]

@@ -1,14 +1,40 @@
 """What an estimator is: queries in, projected gradients out."""
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from fedzo.evaluation import Batch, LossRequest
+from fedzo.directions.base import Directions
+from fedzo.evaluation import Batch, Request
+from fedzo.limits import PRIVACY_MODES, Condition, Value
+
+
+@dataclass(frozen=True)
+class Query:
+    """What the queries of one step are made on.
+
+    Attributes:
+        theta: [size].
+        batch: B examples.
+        seeds: of the P directions.
+        eps: distance of the points from theta in units of z.
+        step: index of the step in the run.
+        directions: seed -> z at this step.
+        anchor: [size], an earlier theta, for an estimator whose update rule keeps one; else None.
+    """
+
+    theta: Tensor
+    batch: Batch
+    seeds: tuple[int, ...]
+    eps: float
+    step: int
+    directions: Directions
+    anchor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -19,21 +45,45 @@ class Estimate:
         projected: float64 [P, B], the projected gradient of each example along each direction. Per example, so that
             a privacy mechanism can clip each before they are averaged.
         loss: mean loss over the batch and the points evaluated.
+        second: float64 [P, B], a second scalar of each direction, for estimators with ``scalars`` = 2; else None.
     """
 
     projected: npt.NDArray[np.float64]
     loss: float
+    second: npt.NDArray[np.float64] | None = None
 
 
-class Estimator(Protocol):
-    """Asks for losses and turns them into projected gradients; never calls a model."""
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """Asks for losses and turns them into projected gradients; never calls a model.
 
-    def forwards(self, queries: int) -> int:
-        """Forward passes over a batch for this many queries."""
-        ...
+    Attributes:
+        source: paper and equation.
+        limits: conditions on the configuration under which it is valid.
+        settings: names of the keys of ``method`` that it reads, in ``values``.
+        private: privacy modes whose guarantee holds with it.
+        scalars: that a query yields.
+        normalised: a scalar's size does not depend on the gradient's.
+        values: the settings by name.
+    """
 
-    def estimate(
-        self, theta: Tensor, batch: Batch, seeds: Sequence[int], eps: float, family: str
-    ) -> Generator[LossRequest, Tensor, Estimate]:
-        """Yields loss requests, is sent losses float32 [len(seeds), len(offsets), B]; P = len(seeds)."""
-        ...
+    source: ClassVar[str]
+    limits: ClassVar[tuple[Condition, ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ()
+    private: ClassVar[tuple[str, ...]] = PRIVACY_MODES
+    scalars: ClassVar[int] = 1
+    normalised: ClassVar[bool] = False
+
+    values: Mapping[str, Value] = field(default_factory=dict)
+
+    @abstractmethod
+    def forwards(self, queries: int) -> float:
+        """Forward passes over a batch that a step with this many queries takes (on average over a run's steps)."""
+
+    def examples(self, step: int, batch_size: int, total: int) -> int:
+        """How many of a client's ``total`` examples a step is made on."""
+        return batch_size
+
+    @abstractmethod
+    def estimate(self, query: Query) -> Generator[Request, Tensor, Estimate]:
+        """Yields requests, is sent their answers (see `LossRequest`, `DerivativeRequest`); P = len(query.seeds)."""

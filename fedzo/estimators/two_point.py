@@ -1,26 +1,28 @@
-"""The two-point (central difference) estimator, Spall's SPSA (MeZO, arXiv 2305.17333, definition 1)."""
+"""The two-point (central difference) estimator, Spall's SPSA."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from fedzo.estimators.base import Estimate
-from fedzo.evaluation import Batch, LossRequest
+from fedzo.estimators.base import Estimate, Estimator, Query
+from fedzo.evaluation import LossRequest, Request
 
 
 @dataclass(frozen=True)
-class TwoPoint:
+class TwoPoint(Estimator):
     """g = (loss(theta + eps z) - loss(theta - eps z)) / (2 eps), for each example and direction."""
 
-    def forwards(self, queries: int) -> int:
+    source: ClassVar[str] = "MeZO, arXiv 2305.17333, definition 1; Spall 1992"
+
+    def forwards(self, queries: int) -> float:
         return 2 * queries
 
-    def estimate(
-        self, theta: Tensor, batch: Batch, seeds: Sequence[int], eps: float, family: str
-    ) -> Generator[LossRequest, Tensor, Estimate]:
-        losses = yield LossRequest(theta, batch, (eps, -eps), tuple(seeds), family)
+    def estimate(self, query: Query) -> Generator[Request, Tensor, Estimate]:
+        eps = query.eps
+        losses = yield LossRequest(query.theta, query.batch, (eps, -eps), query.seeds, query.directions)
         plus, minus = losses.numpy().astype(np.float64).transpose(1, 0, 2)
         with np.errstate(invalid="ignore"):  # infinite losses: the worker refuses what is not finite
             projected = (plus - minus) / (2.0 * eps)

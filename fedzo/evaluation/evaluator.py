@@ -9,13 +9,13 @@ dequantised, once for all of them.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from fedzo.directions import axpy
+from fedzo.directions.base import Directions, Isotropic
 from fedzo.errors import ConfigError, SpaceError
 from fedzo.evaluation.batch import Batch
 from fedzo.evaluation.gradients import DerivativeRequest, Differentiator, GradientRequest
@@ -54,14 +54,16 @@ class LossRequest:
         batch: what to evaluate.
         offsets: the a of each point; 0.0 is theta itself.
         seeds: 64-bit seeds of the directions.
-        family: direction family, see :data:`fedzo.directions.FAMILIES`.
+        directions: seed -> z.
+        together: put all points into one forward, whatever its size (where the model can be paired at all).
     """
 
     theta: Tensor
     batch: Batch
     offsets: tuple[float, ...]
     seeds: tuple[int, ...] = (0,)
-    family: str = "rademacher"
+    directions: Directions = field(default_factory=Isotropic)
+    together: bool = False
 
 
 Request = LossRequest | DerivativeRequest | GradientRequest
@@ -142,8 +144,10 @@ class Evaluator:
         if not self._checked:
             self._choose(request, points[: max(2, len(request.offsets))], batch)
         step = self._together(len(request.offsets), batch)
+        if request.together and self.evaluation != "sequential" and not self._resident:
+            step = len(points)
         scores = [
-            self._scores(request.theta, request.family, points[i : i + step], batch)
+            self._scores(request.theta, request.directions, points[i : i + step], batch)
             for i in range(0, len(points), step)
         ]
         losses = torch.stack([losses_from_scores(s, batch.labels) for s in torch.cat(scores)])
@@ -151,7 +155,7 @@ class Evaluator:
 
     def scores(self, theta: Tensor, batch: Batch) -> Tensor:
         """[B, C] float32 on CPU: the candidate scores at theta."""
-        return self._scores(theta, "rademacher", [_Point(0, 0.0)], batch.to(self.device))[0].cpu()
+        return self._scores(theta, Isotropic(), [_Point(0, 0.0)], batch.to(self.device))[0].cpu()
 
     @contextmanager
     def at(self, theta: Tensor) -> Iterator[nn.Module]:
@@ -164,7 +168,7 @@ class Evaluator:
         """
         self._check(theta)
         point = [_Point(0, 0.0)]
-        with torch.no_grad(), self._state.at(theta, "rademacher", point):
+        with torch.no_grad(), self._state.at(theta, Isotropic(), point):
             inside = placed(self._slots, everywhere(self._slots, self._state)) if self._resident else self._hooked()
             with inside:
                 yield self.model
@@ -181,13 +185,13 @@ class Evaluator:
 
     def _choose(self, request: LossRequest, points: list[_Point], batch: Batch) -> None:
         """Decides between paired and sequential on the first batch, and checks that pairing is right there."""
-        theta, family = request.theta, request.family
+        theta, directions = request.theta, request.directions
 
         def one_by_one() -> Tensor:
-            return torch.cat([self._scores(theta, family, [point], batch) for point in points])
+            return torch.cat([self._scores(theta, directions, [point], batch) for point in points])
 
         def paired() -> Tensor:
-            return self._scores(theta, family, points, batch)
+            return self._scores(theta, directions, points, batch)
 
         if len(points) < 2:
             return
@@ -195,7 +199,7 @@ class Evaluator:
         reason = "a parameter is read from outside the module that owns it" if self._resident else ""
         if not reason:
             try:
-                reason = self._difference(paired(), single, theta, family, points, batch)
+                reason = self._difference(paired(), single, theta, directions, points, batch)
             except (UnpairableError, RuntimeError) as error:  # RuntimeError: shapes that no longer fit
                 reason = str(error) if isinstance(error, UnpairableError) else f"{type(error).__name__} in a layer"
         if reason and self.evaluation == "paired":
@@ -210,7 +214,13 @@ class Evaluator:
             self.evaluation = "paired" if faster else "sequential"
 
     def _difference(
-        self, paired: Tensor, single: Tensor, theta: Tensor, family: str, points: Sequence[_Point], batch: Batch
+        self,
+        paired: Tensor,
+        single: Tensor,
+        theta: Tensor,
+        directions: Directions,
+        points: Sequence[_Point],
+        batch: Batch,
     ) -> str:
         """Why paired scores are not those of one point at a time, or "".
 
@@ -220,7 +230,7 @@ class Evaluator:
         if torch.equal(paired, single):
             return ""
         count = len(points)
-        alike = torch.stack([self._scores(theta, family, [p] * count, batch)[k] for k, p in enumerate(points)])
+        alike = torch.stack([self._scores(theta, directions, [p] * count, batch)[k] for k, p in enumerate(points)])
         if torch.equal(paired, alike):
             return ""
         finite = torch.isfinite(single)
@@ -230,12 +240,12 @@ class Evaluator:
         return "" if same and found <= 2 * noise else f"scores differ by {found:.2g} from those of one point at a time"
 
     @torch.no_grad()
-    def _scores(self, theta: Tensor, family: str, points: Sequence[_Point], batch: Batch) -> Tensor:
+    def _scores(self, theta: Tensor, directions: Directions, points: Sequence[_Point], batch: Batch) -> Tensor:
         """[points, B, C] float32 on the model's device."""
         self._check(theta)
         if self._resident:
-            return torch.cat([self._materialised(theta, family, point, batch) for point in points])
-        with self._hooked(), self._state.at(theta, family, points):
+            return torch.cat([self._materialised(theta, directions, point, batch) for point in points])
+        with self._hooked(), self._state.at(theta, directions, points):
             scores = repeated_scores(self.model, batch, len(points))
         kind = frozenset(batch.inputs)
         if kind in self._proven or not bool(torch.isnan(scores).any()):
@@ -244,7 +254,7 @@ class Evaluator:
         if any(hasattr(slot.owner, "dequantised") for slot in self._slots):
             return scores
         # Either the loss is not finite, or a module reads the parameter of another, which shows as NaN.
-        again = torch.cat([self._materialised(theta, family, point, batch) for point in points])
+        again = torch.cat([self._materialised(theta, directions, point, batch) for point in points])
         self._resident = not bool(torch.isnan(again).any())
         return again
 
@@ -272,9 +282,9 @@ class Evaluator:
         finally:
             handle.remove()
 
-    def _materialised(self, theta: Tensor, family: str, point: _Point, batch: Batch) -> Tensor:
+    def _materialised(self, theta: Tensor, directions: Directions, point: _Point, batch: Batch) -> Tensor:
         """[1, B, C]: all trainable parameters hold their perturbed values for the whole forward."""
-        with self._state.at(theta, family, [point]), placed(self._slots, everywhere(self._slots, self._state)):
+        with self._state.at(theta, directions, [point]), placed(self._slots, everywhere(self._slots, self._state)):
             return repeated_scores(self.model, batch, 1)
 
 
@@ -288,7 +298,7 @@ class _State:
         self.rows = 1
         self.inside = False
         self._theta = torch.empty(0)
-        self._family = ""
+        self._directions: Directions = Isotropic()
         self._points: Sequence[_Point] = ()
         self._vectors: list[Tensor] = []
         self._differences: list[Tensor] = []
@@ -298,8 +308,8 @@ class _State:
         return len(self._points)
 
     @contextmanager
-    def at(self, theta: Tensor, family: str, points: Sequence[_Point]) -> Iterator[None]:
-        self._theta, self._family, self._points = theta, family, points
+    def at(self, theta: Tensor, directions: Directions, points: Sequence[_Point]) -> Iterator[None]:
+        self._theta, self._directions, self._points = theta, directions, points
         if self.at_once:
             self._vectors = [self._perturbed(point, 0, theta.numel()) for point in points]
             if self.stored is not None:
@@ -311,13 +321,13 @@ class _State:
             self.inside = False
 
     def _perturbed(self, point: _Point, offset: int, size: int) -> Tensor:
-        here = self._theta[offset : offset + size]
+        here, axpy = self._theta[offset : offset + size], self._directions.axpy
         if here.dtype != torch.float32:
             here = here.float()
-            return here if point.offset == 0.0 else axpy(here, point.seed, point.offset, self._family, offset=offset)
+            return here if point.offset == 0.0 else axpy(here, point.seed, point.offset, offset=offset)
         if point.offset == 0.0:
             return here
-        return axpy(here, point.seed, point.offset, self._family, offset=offset, out=torch.empty_like(here))
+        return axpy(here, point.seed, point.offset, offset=offset, out=torch.empty_like(here))
 
     def dense(self, point: int, offset: int, size: int) -> Tensor:
         if self.at_once:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedzo.directions.base import Directions
 from fedzo.errors import SpaceError
 from fedzo.evaluation.batch import Batch
 from fedzo.evaluation.layers import (
@@ -34,9 +35,6 @@ from fedzo.evaluation.layers import (
 )
 from fedzo.evaluation.scores import losses_from_scores, repeated_scores
 from fedzo.spaces import Segment, TrainableSpace
-
-if TYPE_CHECKING:
-    from fedzo.directions.base import Directions
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class DerivativeRequest:
     theta: Tensor
     batch: Batch
     seeds: tuple[int, ...]
-    directions: "Directions"
+    directions: Directions
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ class _Dual:
 
     theta: Tensor
     stored: Tensor | None
-    directions: "Directions"
+    directions: Directions
     seed: int
     points: int = 1
     rows: int = 0

@@ -187,9 +187,11 @@ class Coordinator:
         if spec.clients_per_round:
             picked = picked[: spec.clients_per_round]
         shape = (spec.local_steps, spec.queries)
-        seeds = {
-            client: round_seeds(spec.seed, spec.seeds, round_, client, shape, self._pool) for client in sorted(picked)
-        }
+        assign = self.replica.rule.setup.structure.assign
+        seeds = {}
+        for client in sorted(picked):
+            drawn_seeds = round_seeds(spec.seed, spec.seeds, round_, client, shape, self._pool)
+            seeds[client] = np.stack([assign(row) for row in drawn_seeds])
         sent, self._artifact_bytes = self._artifact_bytes, 0
         self._open, self._tails = _Open(round_, seeds, bytes_down=sent, artifact_bytes=sent), {}
         return [self._plan(client) for client in seeds]
@@ -212,7 +214,9 @@ class Coordinator:
             now = self.ledger.rounds
             if applied == now:
                 caught = CatchUp("none", applied, now)
-            elif self._sizes[now] - self._sizes[applied] > self.replica.rule.snapshot_bytes(self.replica.theta):
+            elif self._sizes[now] - self._sizes[applied] > self.replica.rule.snapshot_bytes(
+                self.replica.theta, self.replica.state
+            ):
                 state = self.replica.rule.snapshot(self.replica.theta, self.replica.state)
                 caught = CatchUp("snapshot", applied, now, snapshot=state)
             else:
@@ -237,7 +241,7 @@ class Coordinator:
         current.bytes_up += len(data)
         reason: str | None
         try:
-            if len(data) > max_contribution_bytes(self.spec.local_steps, self.spec.queries):
+            if len(data) > max_contribution_bytes(self.spec.local_steps, self.spec.queries, self.spec.scalars):
                 raise ProtocolError("longer than any right message")
             message = decode(data)
         except ProtocolError:
@@ -293,7 +297,8 @@ class Coordinator:
     def _content_fault(self, client: int, message: Contribution) -> str | None:
         assert self._open is not None
         wanted = self._open.seeds[client]
-        if message.seeds.shape != wanted.shape:
+        steps, queries = wanted.shape
+        if message.seeds.shape != wanted.shape or message.scalars.shape != (steps, self.spec.scalars * queries):
             return "shape"
         if not np.array_equal(message.seeds, wanted):
             return "seeds"
@@ -345,7 +350,7 @@ class Coordinator:
         return summary
 
     def _combine(self, contributions: Sequence[Contribution]) -> tuple[Seeds, Any]:
-        """The records [K, R] of a round: one mean scalar a seed, or every client's own seeds with weighted scalars."""
+        """The records [K, R] of a round: mean scalars of a seed, or every client's own seeds with weighted scalars."""
         spec = self.spec
         if not contributions:
             shape = (spec.local_steps, 0)
@@ -360,7 +365,9 @@ class Coordinator:
             weights = np.full(len(contributions), 1.0 / len(contributions))
         scaled = stacked * weights[:, None, None]
         own = np.concatenate([c.seeds for c in contributions], axis=1)
-        return own, np.concatenate(list(scaled), axis=1).astype(np.float32)
+        # [clients, K, C P]: the first scalars of all clients, then their second ones.
+        parts = np.split(scaled, spec.scalars, axis=2)
+        return own, np.concatenate([row for part in parts for row in part], axis=1).astype(np.float32)
 
 
 def replay(ledger: Ledger, replica: Replica, rounds: int | None = None) -> None:

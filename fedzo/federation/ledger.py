@@ -37,7 +37,7 @@ class LedgerRound:
 
     Attributes:
         round: from 0.
-        seeds, scalars: uint64 and float32 [K, R]; R is 0 in a round that missed its quorum.
+        seeds, scalars: uint64 [K, R] and float32 [K, C R]; R is 0 in a round that missed its quorum.
         clients: numbers of the clients whose contributions it holds, ascending.
         digest: SHA-256 of theta after the round, or 32 zero bytes where none was taken.
     """
@@ -61,14 +61,17 @@ class LedgerRound:
         if len(data) < _PAYLOAD.size:
             raise ValueError("payload too short")
         round_, steps, width, digest, count = _PAYLOAD.unpack_from(data)
-        if len(data) != _PAYLOAD.size + 4 * count + 12 * steps * width:
+        at, each = _PAYLOAD.size + 4 * count, 4 * steps * width
+        rest = len(data) - at - 2 * each
+        if rest < each or rest % each if each else rest:
             raise ValueError("payload of a wrong length")
-        at = _PAYLOAD.size + 4 * count
         clients = np.frombuffer(data[_PAYLOAD.size : at], dtype="<u4")
         seeds = np.frombuffer(data[at : at + 8 * steps * width], dtype="<u8").astype(np.uint64)
         scalars = np.frombuffer(data[at + 8 * steps * width :], dtype="<f4").astype(np.float32)
-        shape = (steps, width)
-        return LedgerRound(round_, seeds.reshape(shape), scalars.reshape(shape), tuple(clients.tolist()), digest)
+        of_a_step = scalars.size // max(1, steps)
+        return LedgerRound(
+            round_, seeds.reshape(steps, width), scalars.reshape(steps, of_a_step), tuple(clients.tolist()), digest
+        )
 
     def records(self) -> Records:
         """As the update rule takes them."""

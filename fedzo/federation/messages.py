@@ -18,7 +18,7 @@ from fedzo.optimizers import Scalars, Seeds
 _HEAD = struct.Struct("<2sBB8sII")
 _PLAN = struct.Struct("<HHdI32sBIII")
 _CONTRIBUTION = struct.Struct("<HHIf")
-_ROUND = struct.Struct("<HI")
+_ROUND = struct.Struct("<HIB")
 _KIND_PLAN, _KIND_CONTRIBUTION, _KIND_BEHIND, _KIND_FAILURE = 1, 2, 3, 4
 FailureReason = Literal["digest", "not-finite"]
 _REASONS: tuple[FailureReason, ...] = ("digest", "not-finite")
@@ -51,18 +51,19 @@ class Hello:
 
 @dataclass(frozen=True)
 class RoundRecords:
-    """The records of one round on their way to a client: seeds uint64 [K, R], scalars float32 [K, R]."""
+    """The records of one round on their way to a client: seeds uint64 [K, R], scalars float32 [K, C R]."""
 
     seeds: Seeds
     scalars: Scalars
 
     def to_bytes(self) -> bytes:
         steps, width = self.seeds.shape
-        return _ROUND.pack(steps, width) + _pack(self.seeds, self.scalars)
+        scalars = self.scalars.shape[1] // max(1, width)
+        return _ROUND.pack(steps, width, scalars) + _pack(self.seeds, self.scalars)
 
     @property
     def nbytes(self) -> int:
-        return _ROUND.size + 12 * self.seeds.size
+        return _ROUND.size + 8 * self.seeds.size + 4 * self.scalars.size
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ class Contribution:
     Attributes:
         run_id, round, client: of the plan.
         seeds: uint64 [K, P], the plan's.
-        scalars: float32 [K, P], the mean projected gradient over the step's batch for each seed.
+        scalars: float32 [K, C P], the mean projected gradient over the step's batch for each seed; behind them, for
+            a method of C = 2 scalars a query, the second ones.
         examples: examples that the client trains on.
         loss: mean loss over its steps.
     """
@@ -190,15 +192,19 @@ def _pack(seeds: Seeds, scalars: Scalars) -> bytes:
 
 
 def _unpack(data: memoryview, steps: int, width: int) -> tuple[Seeds, Scalars]:
-    count = steps * width
-    seeds = np.frombuffer(data[: 8 * count], dtype="<u8").astype(np.uint64).reshape(steps, width)
-    scalars = np.frombuffer(data[8 * count : 12 * count], dtype="<f4").astype(np.float32).reshape(steps, width)
-    return seeds, scalars
+    """Seeds [steps, width] and all the scalars behind them, [steps, a multiple of width]."""
+    at = 8 * steps * width
+    unit = 4 * steps * width
+    if len(data) < at or (len(data) - at) % unit if unit else len(data):
+        raise ProtocolError(f"seeds and scalars of {len(data)} bytes, wanted {at} and a multiple of {unit}")
+    seeds = np.frombuffer(data[:at], dtype="<u8").astype(np.uint64).reshape(steps, width)
+    scalars = np.frombuffer(data[at:], dtype="<f4").astype(np.float32)
+    return seeds, scalars.reshape(steps, width * ((len(data) - at) // unit if unit else 0))
 
 
-def max_contribution_bytes(local_steps: int, queries: int) -> int:
+def max_contribution_bytes(local_steps: int, queries: int, scalars: int = 1) -> int:
     """The length of a right contribution, which no right message of a worker exceeds."""
-    return _HEAD.size + _CONTRIBUTION.size + 12 * local_steps * queries
+    return _HEAD.size + _CONTRIBUTION.size + (8 + 4 * scalars) * local_steps * queries
 
 
 def decode(data: bytes) -> Message:
@@ -222,7 +228,6 @@ def decode(data: bytes) -> Message:
         if kind == _KIND_CONTRIBUTION:
             steps, queries, examples, loss = _CONTRIBUTION.unpack_from(body)
             body = body[_CONTRIBUTION.size :]
-            _expect(len(body), 12 * steps * queries)
             return Contribution(run_id, round_, client, *_unpack(body, steps, queries), examples, loss)
         if kind == _KIND_BEHIND:
             _expect(len(body), 4)
@@ -253,12 +258,12 @@ def _decode_plan(body: memoryview, run_id: bytes, round_: int, client: int) -> P
     caught, records = rest[:length], []
     if _CATCH_UP[kind] == "records":
         while caught:
-            k, width = _ROUND.unpack_from(caught)
-            caught = caught[_ROUND.size :]
-            if len(caught) < 12 * k * width:
-                raise ProtocolError(f"records of {len(caught)} bytes, wanted {12 * k * width}")
-            records.append(RoundRecords(*_unpack(caught, k, width)))
-            caught = caught[12 * k * width :]
+            k, width, scalars = _ROUND.unpack_from(caught)
+            caught, size = caught[_ROUND.size :], (8 + 4 * scalars) * k * width
+            if len(caught) < size:
+                raise ProtocolError(f"records of {len(caught)} bytes, wanted {size}")
+            records.append(RoundRecords(*_unpack(caught[:size], k, width)))
+            caught = caught[size:]
     snapshot = bytes(rest[:length]) if _CATCH_UP[kind] == "snapshot" else b""
     catch_up = CatchUp(_CATCH_UP[kind], start, round_, tuple(records), snapshot)
     return Plan(run_id, round_, client, seeds, eps, batch_size, digest, catch_up, bytes(rest[length:]))

@@ -10,6 +10,7 @@ from fedzo.federation.artifact import unpack_values
 from fedzo.federation.messages import CatchUp
 from fedzo.federation.spec import RunSpec
 from fedzo.optimizers import Records, theta_array
+from fedzo.structures import Layout
 
 # Records fused into one pass; a bound on memory, not a choice that theta depends on.
 _FUSED = 4096
@@ -27,11 +28,12 @@ class Replica:
         spec: the run.
         load: gives theta0 [size], float32 or bfloat16, for the replica to move. It is called again at every reset, and
             may each time fill and return the same memory: theta of a bfloat16 run is the model's own weights.
+        layout: of theta; None: one vector without structure.
     """
 
-    def __init__(self, spec: RunSpec, load: Callable[[], Tensor]) -> None:
+    def __init__(self, spec: RunSpec, load: Callable[[], Tensor], layout: Layout | None = None) -> None:
         self.spec = spec
-        self.rule = spec.build_rule()
+        self.rule = spec.build_rule(layout or Layout.flat(spec.size))
         self._load = load
         self.reset()
 

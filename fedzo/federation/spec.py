@@ -3,16 +3,19 @@
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fedzo.errors import LedgerError
+from fedzo.errors import ConfigError, LedgerError
 from fedzo.estimators import ESTIMATORS, Estimator
 from fedzo.federation.randomness import derive, pool_seeds
-from fedzo.optimizers import OPTIMIZERS, PoolSGD, Schedule, UpdateRule
+from fedzo.limits import Value
+from fedzo.optimizers import OPTIMIZERS, SGD, PoolSGD, Rule, Schedule, Setup
 from fedzo.registry import lookup
+from fedzo.structures import STRUCTURES, Frame, Layout, Structure
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 SeedSchedule = Literal["shared", "independent", "pool"]
 SEED_SCHEDULES: tuple[SeedSchedule, ...] = ("shared", "independent", "pool")
@@ -41,6 +44,8 @@ class RunSpec:
         digest_every: rounds between recorded digests of theta (the last round always has one).
         experiment: SHA-256 over the configuration of task, data and model preparation.
         clip: magnitude to which a client cuts its scalars (0: it does not).
+        structure: which directions the seeds stand for.
+        settings: those keys of ``method`` that estimator, structure and optimizer read, by name.
     """
 
     protocol: int
@@ -77,6 +82,8 @@ class RunSpec:
     digest_every: int
     experiment: str
     clip: float = 0.0
+    structure: str = "isotropic"
+    settings: Mapping[str, Value] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, shortest float that reads back the same."""
@@ -114,13 +121,35 @@ class RunSpec:
         return self.hash[:8]
 
     def build_estimator(self) -> Estimator:
-        return lookup(ESTIMATORS, self.estimator, "estimator")()
+        return lookup(ESTIMATORS, self.estimator, "estimator")(self.settings)
 
-    def build_rule(self) -> UpdateRule:
+    @property
+    def scalars(self) -> int:
+        """C, the scalars that a query yields."""
+        return lookup(ESTIMATORS, self.estimator, "estimator").scalars
+
+    def build_structure(self, layout: Layout) -> Structure:
+        frame = Frame(self.family, layout, derive(self.seed, "structure"), self.settings)
+        return lookup(STRUCTURES, self.structure, "structure")(frame)
+
+    def build_rule(self, layout: Layout) -> Rule:
+        """The update rule over a theta of this layout.
+
+        Raises:
+            ConfigError: the seed schedule "pool" with an update rule that is no sum over seeds.
+        """
         schedule = Schedule(self.schedule, self.learning_rate, self.rounds * self.local_steps, self.warmup_steps)
-        rounding = derive(self.seed, "rounding")
-        rule = lookup(OPTIMIZERS, self.optimizer, "optimizer")(schedule, self.queries, self.family, rounding)
-        return PoolSGD(rule, pool_seeds(self.seed, self.pool_size)) if self.seeds == "pool" else rule
+        structure, rounding = self.build_structure(layout), derive(self.seed, "rounding")
+        setup = Setup(schedule, self.queries, structure, rounding, self.local_steps, self.settings)
+        rule = lookup(OPTIMIZERS, self.optimizer, "optimizer")(setup)
+        if self.seeds != "pool":
+            return rule
+        if type(rule) is not SGD:
+            raise ConfigError(
+                f'federation.seeds = "pool" needs method.optimizer = "sgd", found "{self.optimizer}": a pool\'s '
+                "theta is a sum over its seeds"
+            )
+        return PoolSGD(rule, pool_seeds(self.seed, self.pool_size))
 
     def has_digest(self, round_: int) -> bool:
         """Whether the ledger holds theta's digest after this round (0, 1, ...)."""

@@ -8,12 +8,13 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fedzo.errors import ProtocolError
-from fedzo.evaluation import Batch, LossRequest
+from fedzo.estimators import Estimate, Query
+from fedzo.evaluation import Batch, Request
 from fedzo.federation.messages import Behind, Contribution, Failure, Hello, Plan
 from fedzo.federation.randomness import choose, derive
 from fedzo.federation.replica import Replica
 from fedzo.federation.spec import PROTOCOL
-from fedzo.optimizers import Records
+from fedzo.optimizers import Records, Scalars
 
 
 class Data(Protocol):
@@ -60,8 +61,8 @@ class Worker:
     def hello(self) -> Hello:
         return self._hello
 
-    def round(self, plan: Plan) -> Generator[LossRequest, Tensor, Contribution | Behind | Failure]:
-        """Does a plan; yields loss requests and is sent losses float32 [len(seeds), len(offsets), B].
+    def round(self, plan: Plan) -> Generator[Request, Tensor, Contribution | Behind | Failure]:
+        """Does a plan; yields requests and is sent their answers (`fedzo.evaluation.Evaluator.answer`).
 
         Raises:
             ProtocolError: the plan is another run's or another client's.
@@ -79,22 +80,31 @@ class Worker:
             replica.reset()
             return Failure(plan.run_id, plan.round, self.client, "digest")
         steps, queries = plan.seeds.shape
-        scalars = np.empty((steps, queries), dtype=np.float32)
-        estimator, rule = spec.build_estimator(), replica.rule.local()
-        theta, state, losses = replica.theta, rule.init(replica.theta), 0.0
+        scalars = np.empty((steps, spec.scalars * queries), dtype=np.float32)
+        estimator, rule, theta, state, losses = spec.build_estimator(), replica.rule, replica.theta, replica.state, 0.0
+        if steps > 1:
+            theta, (rule, state) = theta.clone(), rule.fork(state)
         for k in range(steps):
+            step, seeds = plan.round * steps + k, plan.seeds[k : k + 1]
             place = derive(spec.seed, "batch", plan.round, self.client, k)
-            batch = self.data.batch(choose(place, len(self.data), plan.batch_size))
-            estimate = yield from estimator.estimate(theta, batch, plan.seeds[k].tolist(), plan.eps, spec.family)
-            with np.errstate(over="ignore"):
-                scalars[k] = estimate.projected.mean(axis=1)
-            if spec.clip:  # the directional derivatives, as in QZO, arXiv 2505.13430
-                scalars[k] = scalars[k].clip(-spec.clip, spec.clip)
+            count = estimator.examples(step, plan.batch_size, len(self.data))
+            batch = self.data.batch(choose(place, len(self.data), count))
+            found, anchor = rule.directions(step, theta, state), rule.anchor(step, state)
+            query = Query(theta, batch, tuple(seeds[0].tolist()), plan.eps, step, found, anchor)
+            estimate = yield from estimator.estimate(query)
+            scalars[k] = _scalars(estimate, spec.clip)
             losses += estimate.loss / steps
             if not np.isfinite(scalars[k]).all() or not np.isfinite(losses):
                 return Failure(plan.run_id, plan.round, self.client, "not-finite")
+            scalars[k] = yield from rule.settle(theta, state, batch, Records(step, seeds, scalars[k : k + 1]))
             if k + 1 < steps:
-                theta = theta.clone() if k == 0 else theta
-                step = plan.round * steps + k
-                state = rule.apply(theta, state, [Records(step, plan.seeds[k : k + 1], scalars[k : k + 1])])
+                state = rule.apply(theta, state, [Records(step, seeds, scalars[k : k + 1])])
         return Contribution(plan.run_id, plan.round, self.client, plan.seeds, scalars, len(self.data), losses)
+
+
+def _scalars(estimate: Estimate, clip: float) -> Scalars:
+    """float32 [C P]: means over the batch; projected gradients beyond the clip are cut (QZO, arXiv 2505.13430)."""
+    with np.errstate(over="ignore"):
+        projected = estimate.projected.mean(axis=1).astype(np.float32)
+        second = [] if estimate.second is None else [estimate.second.mean(axis=1).astype(np.float32)]
+    return np.concatenate([projected.clip(-clip, clip) if clip else projected, *second])

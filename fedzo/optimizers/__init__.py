@@ -1,13 +1,11 @@
 """Replayable update rules: records -> theta. A new rule is one class in one file and one line in `OPTIMIZERS`."""
 
-from collections.abc import Callable
-
-from fedzo.optimizers.base import Records, Scalars, Seeds, UpdateRule
+from fedzo.optimizers.base import Records, Rule, Scalars, Seeds, Setup, State, theta_array
+from fedzo.optimizers.quantised import QZO, QuZO
 from fedzo.optimizers.schedule import SCHEDULES, Schedule
-from fedzo.optimizers.sgd import SGD, PoolSGD, theta_array
+from fedzo.optimizers.sgd import SGD, PoolSGD
 
-# From schedule, queries, direction family and rounding seed.
-OPTIMIZERS: dict[str, Callable[[Schedule, int, str, int], SGD]] = {"sgd": SGD}
+OPTIMIZERS: dict[str, type[Rule]] = {"sgd": SGD, "qzo": QZO, "quzo": QuZO}
 
 __all__ = [
     "OPTIMIZERS",
@@ -15,9 +13,11 @@ __all__ = [
     "SGD",
     "PoolSGD",
     "Records",
+    "Rule",
     "Scalars",
     "Schedule",
     "Seeds",
-    "UpdateRule",
+    "Setup",
+    "State",
     "theta_array",
 ]

@@ -1,140 +1,103 @@
-"""ZO-SGD: theta <- theta - lr / P sum_p g_p z_p.
-
-MeZO, arXiv 2305.17333, algorithm 1; ZO-Bench, arXiv 2402.11592, equation 2.
-"""
+"""ZO-SGD, and the same over a fixed pool of seeds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fedzo import directions
-from fedzo.directions import philox
+from fedzo.directions.base import Directions, Isotropic
 from fedzo.errors import ConfigError, ProtocolError
-from fedzo.optimizers.base import Records, Seeds
-from fedzo.optimizers.schedule import Schedule
+from fedzo.limits import NO_CODES, Condition
+from fedzo.optimizers.base import Records, Rule, Seeds, State, expect_length, rounded
 
 
-def theta_array(theta: Tensor) -> npt.NDArray[np.generic]:
-    """theta's values as a little-endian array on CPU: float32, or uint16 with the bits of bfloat16."""
-    if theta.dtype == torch.bfloat16:
-        return theta.detach().cpu().view(torch.uint16).numpy().astype("<u2", copy=False)
-    return theta.detach().cpu().numpy().astype("<f4", copy=False)
+class SGD(Rule):
+    """theta <- (1 - lr wd) theta - lr / P sum_p g_p z_p.
 
-
-def _expect(data: bytes, length: int) -> None:
-    if len(data) != length:
-        raise ProtocolError(f"snapshot has {len(data)} bytes, wanted {length}")
-
-
-@dataclass(frozen=True)
-class SGD:
-    """Plain ZO-SGD; no state, so any run of records is one fused pass over theta.
-
-    A step on a bfloat16 theta adds its records in float32 and rounds once, stochastically
-    (`directions.replay_rounded`), by the stream whose seed is the first two words, the low one first, of block `step`
-    of the Philox stream `rounding`: a function of the rule and the step's index alone.
-
-    Attributes:
-        schedule: learning rate of a step.
-        queries: P, the queries that a step's records average over.
-        family: direction family.
-        rounding: seed of the streams that round a bfloat16 theta; a float32 theta does not depend on it.
+    Without weight decay any run of records is one fused pass over theta. A step on a bfloat16 theta adds its records in
+    float32 and rounds once, stochastically (`directions.replay_rounded`), by the step's stream (`Rule.streams`).
     """
 
-    schedule: Schedule
-    queries: int
-    family: str
-    rounding: int = 0
+    source: ClassVar[str] = "MeZO, arXiv 2305.17333, algorithm 1; ZO-Bench, arXiv 2402.11592, equation 2"
+    limits: ClassVar[tuple[Condition, ...]] = (NO_CODES,)
 
-    def coefficients(self, records: Records) -> npt.NDArray[np.float64]:
-        """c [S, R] float64 with theta <- theta + sum c z: minus learning rate over P, times the scalar."""
-        steps = range(records.step, records.step + records.seeds.shape[0])
-        rates = np.array([-self.schedule(step) / self.queries for step in steps], dtype=np.float64)
-        scaled: npt.NDArray[np.float64] = rates[:, None] * records.scalars.astype(np.float64)
-        return scaled
+    @property
+    def _decay(self) -> float:
+        return float(self.setup.values.get("weight_decay", 0.0))
 
-    def init(self, theta0: Tensor) -> None:
-        return None
-
-    def apply(self, theta: Tensor, state: object, records: Sequence[Records]) -> None:
+    def apply(self, theta: Tensor, state: State, records: Sequence[Records]) -> State:
         if theta.dtype == torch.bfloat16:
             self._apply_rounded(theta, records)
-        elif records:
+        elif self.setup.structure.steady and not self._decay and records:
             seeds = np.concatenate([r.seeds.ravel() for r in records])
-            coefficients = np.concatenate([self.coefficients(r).ravel() for r in records])
-            directions.replay(theta, seeds, coefficients.astype(np.float32), self.family)
+            coefficients = np.concatenate([self.coefficients(r).ravel() for r in records]).astype(np.float32)
+            self.setup.structure.at(0).replay(theta, seeds, coefficients)
+        else:
+            super().apply(theta, state, records)
+        return state
+
+    def step(self, theta: Tensor, state: State, records: Records) -> State:
+        if self._decay:
+            theta.mul_(rounded(1.0 - self.setup.schedule(records.step) * self._decay))
+        coefficients = self.coefficients(records)[0].astype(np.float32)
+        self.directions(records.step, theta, state).replay(theta, records.seeds[0], coefficients)
+        return state
 
     def _apply_rounded(self, theta: Tensor, records: Sequence[Records]) -> None:
         """One pass over theta for each run of steps with equally many records."""
+        drawn = self.setup.structure.at(0)
+        if not isinstance(drawn, Isotropic) or self._decay:
+            raise ConfigError(
+                "a bfloat16 theta is moved along isotropic directions without weight decay only: set "
+                'method.structure = "isotropic" and method.weight_decay = 0, or space.theta_dtype = "float32"'
+            )
         for _, group in groupby(records, key=lambda r: r.seeds.shape[1]):
             same = list(group)
             directions.replay_rounded(
                 theta,
                 np.concatenate([r.seeds for r in same]),
                 np.concatenate([self.coefficients(r) for r in same]).astype(np.float32),
-                self.family,
+                drawn.family,
                 np.concatenate([self.streams(r.step, r.seeds.shape[0]) for r in same]),
             )
 
-    def streams(self, step: int, count: int) -> Seeds:
-        """The seeds [count] of the streams that round steps `step`, `step` + 1, ..."""
-        words = philox.words(self.rounding, 4 * count, step).astype(np.uint64).reshape(count, 4)
-        seeds: Seeds = words[:, 0] | (words[:, 1] << np.uint64(32))
-        return seeds
 
-    def local(self) -> "SGD":
-        return self
-
-    def snapshot(self, theta: Tensor, state: object) -> bytes:
-        return theta_array(theta).tobytes()
-
-    def snapshot_bytes(self, theta: Tensor) -> int:
-        return theta.numel() * theta.element_size()
-
-    def restore(self, theta: Tensor, state: object, data: bytes) -> None:
-        _expect(data, self.snapshot_bytes(theta))
-        if theta.dtype == torch.bfloat16:
-            values = torch.from_numpy(np.frombuffer(data, dtype="<u2").astype(np.uint16)).view(torch.bfloat16)
-        else:
-            values = torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32))
-        theta.copy_(values)
-
-
-@dataclass(frozen=True)
-class PoolState:
-    """theta0 float32 [size] and the accumulated coefficients float64 [N], one for each seed of the pool."""
-
-    theta0: Tensor
-    coefficients: npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class PoolSGD:
-    """ZO-SGD over a fixed pool of seeds (FedKSeed, arXiv 2312.06353, eq. 6): theta = theta0 + sum_j c_j z_j.
+class PoolSGD(Rule):
+    """ZO-SGD over a fixed pool of seeds: theta = theta0 + sum_j c_j z_j.
 
     The coefficients accumulate in float64 and theta is rebuilt from theta0 in pool order, so a late client needs the N
-    coefficients and no history.
+    coefficients and no history. Not in the registry: the seed schedule makes it of an `SGD`.
 
-    Attributes:
-        sgd: turns records into coefficients.
+    Args:
+        sgd: turns records into coefficients; without weight decay, its directions the same at every step.
         pool: the seeds, uint64 [N], all different.
+
+    Raises:
+        ConfigError: theta would be no sum over the pool.
     """
 
-    sgd: SGD
-    pool: Seeds
+    source: ClassVar[str] = "FedKSeed, arXiv 2312.06353, equation 6"
+
+    def __init__(self, sgd: SGD, pool: Seeds) -> None:
+        super().__init__(sgd.setup)
+        self.sgd, self.pool = sgd, pool
+        if not sgd.setup.structure.steady or sgd.setup.values.get("weight_decay"):
+            raise ConfigError(
+                'federation.seeds = "pool" sums over a fixed set of directions: set method.structure = "isotropic" and '
+                "method.weight_decay = 0"
+            )
 
     @cached_property
     def _place(self) -> dict[int, int]:
         return {int(seed): j for j, seed in enumerate(self.pool)}
 
-    def init(self, theta0: Tensor) -> PoolState:
-        """As `UpdateRule.init`.
+    def init(self, theta0: Tensor) -> State:
+        """theta0 [size] float32 and the accumulated coefficients [N] float64.
 
         Raises:
             ConfigError: theta0 is not float32.
@@ -144,41 +107,42 @@ class PoolSGD:
                 f'theta is {theta0.dtype}, but the seed schedule "pool" needs float32: it rebuilds theta from theta0 '
                 "and all coefficients in one go, where bfloat16 is rounded at every step; choose shared or independent"
             )
-        return PoolState(theta0.clone(), np.zeros(self.pool.size, dtype=np.float64))
+        return {"theta0": theta0.clone(), "coefficients": torch.zeros(self.pool.size, dtype=torch.float64)}
 
-    def apply(self, theta: Tensor, state: object, records: Sequence[Records]) -> PoolState:
-        """As `UpdateRule.apply`.
+    def directions(self, step: int, theta: Tensor, state: State) -> Directions:
+        return self.sgd.directions(step, theta, state)
+
+    def apply(self, theta: Tensor, state: State, records: Sequence[Records]) -> State:
+        """As `Rule.apply`.
 
         Raises:
             ProtocolError: a record's seed is not in the pool; theta is then unchanged.
         """
-        assert isinstance(state, PoolState)
-        place, total = self._place, state.coefficients.copy()
+        place, total = self._place, state["coefficients"].numpy().copy()
         for r in records:
-            for seed, c in zip(r.seeds.ravel().tolist(), self.sgd.coefficients(r).ravel().tolist(), strict=True):
+            for seed, c in zip(r.seeds.ravel().tolist(), self.coefficients(r).ravel().tolist(), strict=True):
                 if seed not in place:
                     raise ProtocolError(f"seed {seed} is not in the run's pool of {self.pool.size}")
                 total[place[seed]] += c
-        return self._rebuild(theta, PoolState(state.theta0, total))
+        return self._rebuild(theta, state | {"coefficients": torch.from_numpy(total)})
 
-    def _rebuild(self, theta: Tensor, state: PoolState) -> PoolState:
-        used = np.flatnonzero(state.coefficients)
-        theta.copy_(state.theta0)
-        coefficients = state.coefficients[used].astype(np.float32)
-        directions.replay(theta, self.pool[used], coefficients, self.sgd.family)
+    def _rebuild(self, theta: Tensor, state: State) -> State:
+        coefficients = state["coefficients"].numpy()
+        used = np.flatnonzero(coefficients)
+        theta.copy_(state["theta0"])
+        self.setup.structure.at(0).replay(theta, self.pool[used], coefficients[used].astype(np.float32))
         return state
 
-    def local(self) -> SGD:
-        return self.sgd
+    def fork(self, state: State) -> tuple[Rule, State]:
+        return self.sgd, {}
 
-    def snapshot(self, theta: Tensor, state: object) -> bytes:
-        assert isinstance(state, PoolState)
-        return state.coefficients.astype("<f8", copy=False).tobytes()
+    def snapshot(self, theta: Tensor, state: State) -> bytes:
+        return state["coefficients"].numpy().astype("<f8", copy=False).tobytes()
 
-    def snapshot_bytes(self, theta: Tensor) -> int:
+    def snapshot_bytes(self, theta: Tensor, state: State) -> int:
         return 8 * self.pool.size
 
-    def restore(self, theta: Tensor, state: object, data: bytes) -> PoolState:
-        assert isinstance(state, PoolState)
-        _expect(data, 8 * self.pool.size)
-        return self._rebuild(theta, PoolState(state.theta0, np.frombuffer(data, dtype="<f8").astype(np.float64)))
+    def restore(self, theta: Tensor, state: State, data: bytes) -> State:
+        expect_length(data, 8 * self.pool.size)
+        coefficients = torch.from_numpy(np.frombuffer(data, dtype="<f8").astype(np.float64))
+        return self._rebuild(theta, state | {"coefficients": coefficients})

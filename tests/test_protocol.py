@@ -33,6 +33,7 @@ from fedzo.federation.messages import Behind, CatchUp, Contribution, Failure, Pl
 from fedzo.federation.replica import Replica, theta_digest
 from fedzo.federation.spec import RunSpec
 from fedzo.optimizers import Records
+from fedzo.structures import Layout
 
 COMBINATIONS = [
     *(("shared", name) for name in ("mean", "uniform", "median", "trimmed-mean")),
@@ -129,7 +130,7 @@ def test_a_round_leaves_the_replica_as_it_was(tmp_path: Path) -> None:
     assert [request.seeds for request in seen] == [tuple(seeds) for seeds in plan.seeds.tolist()]
     # The client's own steps: what its records alone would have done.
     alone = theta0()
-    rule = run.coordinator.spec.build_rule().local()
+    rule = run.coordinator.spec.build_rule(Layout.flat(SIZE))
     rule.apply(alone, rule.init(alone), [Records(0, sent.seeds[:3], sent.scalars[:3])])
     assert torch.equal(seen[-1].theta, alone)
 
@@ -329,7 +330,7 @@ def test_a_replica_refuses_catch_ups_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"protocol": 1}, "protocol is 1, the run's is 2"),
+        ({"protocol": 1}, "protocol is 1, the run's is 3"),
         ({"fingerprint": "a"}, "fingerprint is 'a'"),
         ({"mask": "a"}, "mask is 'a'"),
         ({"space_hash": "a"}, "space_hash"),

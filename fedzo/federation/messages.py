@@ -195,11 +195,12 @@ def _unpack(data: memoryview, steps: int, width: int) -> tuple[Seeds, Scalars]:
     """Seeds [steps, width] and all the scalars behind them, [steps, a multiple of width]."""
     at = 8 * steps * width
     unit = 4 * steps * width
-    if len(data) < at or (len(data) - at) % unit if unit else len(data):
+    rest = len(data) - at
+    if rest < unit or rest % unit if unit else rest:
         raise ProtocolError(f"seeds and scalars of {len(data)} bytes, wanted {at} and a multiple of {unit}")
     seeds = np.frombuffer(data[:at], dtype="<u8").astype(np.uint64).reshape(steps, width)
     scalars = np.frombuffer(data[at:], dtype="<f4").astype(np.float32)
-    return seeds, scalars.reshape(steps, width * ((len(data) - at) // unit if unit else 0))
+    return seeds, scalars.reshape(steps, width * (rest // unit if unit else 0))
 
 
 def max_contribution_bytes(local_steps: int, queries: int, scalars: int = 1) -> int:

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedzo.cache import ArtifactCache
-from fedzo.config import Config, Scalar, from_flat
+from fedzo.config import Config, Scalar, from_run_config
 from fedzo.engine import Bases, answer
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.experiment import Experiment
@@ -36,7 +36,7 @@ def _resident(flower_run: int, run_config: tuple[tuple[str, Scalar], ...], spec:
         _MissingError: the run's mask is not in this machine's cache.
     """
     keep_memory()
-    config = from_flat({key: value for key, value in run_config if key != "out"}, "the run-config")
+    config = from_run_config(dict(run_config))
     run = RunSpec.from_json(spec)
     mask = None
     if run.mask:

@@ -16,6 +16,7 @@ from fedzo.estimators import ESTIMATORS, Estimator
 from fedzo.federation.aggregation import AGGREGATORS, NEEDS_SHARED_SEEDS
 from fedzo.federation.spec import SeedSchedule
 from fedzo.limits import Value
+from fedzo.methods import difference, with_method
 from fedzo.optimizers import OPTIMIZERS, SCHEDULES, Rule
 from fedzo.registry import lookup, nearest
 from fedzo.spaces import METHODS
@@ -150,6 +151,7 @@ class DataSection(Section):
 class MethodSection(Section):
     """The zeroth-order method."""
 
+    name: str = Field(default="", description="method of `fedzo methods`, which gives the keys it is made of; or none")
     directions: str = Field(default="rademacher", description="family of random directions")
     estimator: str = Field(default="two-point", description="queries -> scalars")
     structure: str = Field(default="isotropic", description="step and seed -> direction")
@@ -247,9 +249,11 @@ class Config(Section):
                 (federation.aggregation, AGGREGATORS, "federation.aggregation"),
             ):
                 lookup(dict.fromkeys(known), name, what)
+            values = flatten(self)
+            if method.name and (differs := difference(method.name, values)):
+                raise ConfigError(differs)
         except ConfigError as error:
             raise ValueError(str(error)) from None
-        values = flatten(self)
         for part, name in self._parts():
             for limit in part.limits:
                 if fault := limit.fault(values):
@@ -383,13 +387,13 @@ KEYS: tuple[str, ...] = tuple(_DEFAULTS)
 
 
 def from_flat(flat: Mapping[str, Any], where: str = "the configuration") -> Config:
-    """A checked configuration from dotted keys.
+    """A checked configuration from dotted keys; those of the method that it names need not be given.
 
     Raises:
         ConfigError: an unknown key (the nearest valid one is offered) or an impossible value.
     """
     nested: dict[str, Any] = {}
-    for key, value in flat.items():
+    for key, value in with_method(flat).items():
         if key not in KEYS:
             raise ConfigError(f"{where}: unknown key {key!r}. {nearest(key, KEYS)}")
         section, _, name = key.partition(".")
@@ -405,6 +409,19 @@ def from_flat(flat: Mapping[str, Any], where: str = "the configuration") -> Conf
         message = first["msg"].removeprefix("Value error, ")
         found = f" (found {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
         raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{message}{found}") from None
+
+
+def from_run_config(flat: Mapping[str, Any]) -> Config:
+    """A checked configuration from Flower's run-config, which has every key: of those that a named method gives, one at
+    its default counts as not given.
+
+    Raises:
+        ConfigError: as `from_flat`.
+    """
+    given = {key: value for key, value in flat.items() if key != "out"}
+    fixed = with_method({"method.name": given.get("method.name", "")})
+    kept = {key: value for key, value in given.items() if key not in fixed or value != _DEFAULTS[key]}
+    return from_flat(kept, "the run-config")
 
 
 def _flat_toml(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

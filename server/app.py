@@ -12,7 +12,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedzo.config import from_flat
+from fedzo.config import from_run_config
 from fedzo.engine import Exchange, Parcel, run
 from fedzo.errors import ProtocolError, RunError
 from fedzo.experiment import Experiment, open_experiment
@@ -183,9 +183,8 @@ def connect(grid: Grid, coordinator: Coordinator, timeout: float) -> Exchange:
 def main(grid: Grid, context: Context) -> None:
     """Starts the run that the run-config describes, or goes on with the one in its folder `out`."""
     keep_memory()
-    flat = dict(context.run_config)
-    out = str(flat.pop("out", ""))
-    config = from_flat(flat, "the run-config").resolved()
+    out = str(context.run_config.get("out", ""))
+    config = from_run_config(context.run_config).resolved()
     wait_for_nodes(grid, config.data.clients)  # before anything is loaded or written
     path = (Path(out) if out else new_run_path(config)).resolve()
     if RunFolder(path).ledger.exists():

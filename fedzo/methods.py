@@ -1,0 +1,72 @@
+"""The named methods of the literature, each made of parts: an estimator, a direction structure and an update rule.
+
+A configuration takes one by ``method.name``, or combines parts of its own. A new method is one entry of `METHODS`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedzo.limits import Value
+from fedzo.registry import lookup
+
+
+@dataclass(frozen=True)
+class Method:
+    """What makes a method.
+
+    Attributes:
+        title: what it does, in one line.
+        estimator, structure, optimizer: its parts, by their names in the registries.
+        fixed: further keys of the configuration that are part of it, with their values.
+        paper: where it comes from, if not from what its parts name as their source.
+    """
+
+    title: str
+    estimator: str = "two-point"
+    structure: str = "isotropic"
+    optimizer: str = "sgd"
+    fixed: Mapping[str, Value] = field(default_factory=dict)
+    paper: str = ""
+
+    @property
+    def keys(self) -> dict[str, Value]:
+        """The keys of the configuration that make the method, dotted, with their values."""
+        parts = {name: getattr(self, name) for name in ("estimator", "structure", "optimizer")}
+        return {f"method.{name}": value for name, value in parts.items()} | dict(self.fixed)
+
+
+METHODS: dict[str, Method] = {
+    "zo-sgd": Method("gradient descent along random directions (MeZO)"),
+    "forward-gradient": Method("exact directional derivatives by forward-mode differentiation", "forward-gradient"),
+    "fedkseed": Method(
+        "a fixed pool of seeds: theta is a sum over it, and no history needs to be kept",
+        fixed={"federation.seeds": "pool"},
+        paper="FedKSeed, arXiv 2312.06353",
+    ),
+    "qzo": Method("two-point steps on the scales of a quantised base", optimizer="qzo"),
+    "quzo": Method("whole steps on the int8 codes of a quantised base", optimizer="quzo"),
+}
+
+
+def with_method(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's dotted keys, and those of the method that it names where it does not give them itself."""
+    name = flat.get("method.name")
+    method = METHODS.get(name) if isinstance(name, str) else None
+    return {**(method.keys if method else {}), **flat}
+
+
+def difference(name: str, values: Mapping[str, Value]) -> str | None:
+    """How a flat configuration differs from the method that it names, and what to do; None: it does not.
+
+    Raises:
+        ConfigError: the method is unknown; the message offers the nearest one.
+    """
+    for key, wanted in lookup(METHODS, name, "method.name").keys.items():
+        if values[key] != wanted:
+            return (
+                f'method.name = "{name}" is {key} = {json.dumps(wanted)}, found {json.dumps(values[key])}: leave {key} '
+                "out, or method.name, to combine parts of your own"
+            )
+    return None

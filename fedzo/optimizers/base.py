@@ -32,16 +32,21 @@ class Records:
         scalars: float32 [S, C R]: projected gradients, already weighted so that a step's gradient estimate is
             ``1/P sum_r scalars[s, r] z(seeds[s, r])``; behind them, for an estimator of C = 2 scalars a query, the R
             second ones, weighted alike.
+        gradients: float32 [S, F], a step's gradient with respect to the entries that are moved by first-order steps
+            (`Rule.ranges`); None: there are none, or the steps have no records.
     """
 
     step: int
     seeds: Seeds
     scalars: Scalars
+    gradients: Scalars | None = None
 
     def __post_init__(self) -> None:
         shapes = self.seeds.shape, self.scalars.shape
         if self.seeds.ndim != 2 or self.scalars.ndim != 2 or shapes[0][0] != shapes[1][0] or not self._fits():
             raise ValueError(f"seeds {shapes[0]} and scalars {shapes[1]} must have the shapes [S, R] and [S, C R]")
+        if self.gradients is not None and (self.gradients.ndim != 2 or len(self.gradients) != shapes[0][0]):
+            raise ValueError(f"gradients {self.gradients.shape} must have the shape [S, F] with S = {shapes[0][0]}")
 
     def _fits(self) -> bool:
         width, found = self.seeds.shape[1], self.scalars.shape[1]
@@ -59,8 +64,12 @@ class Records:
 
     def steps(self) -> "list[Records]":
         """The S steps one by one."""
-        count = len(self.seeds)
-        return [Records(self.step + s, self.seeds[s : s + 1], self.scalars[s : s + 1]) for s in range(count)]
+
+        def one(s: int) -> Records:
+            gradients = None if self.gradients is None else self.gradients[s : s + 1]
+            return Records(self.step + s, self.seeds[s : s + 1], self.scalars[s : s + 1], gradients)
+
+        return [one(s) for s in range(len(self.seeds))]
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ class Rule:
         forwards: forward passes of a step beside the estimator's.
         normalised: the length of a step does not depend on the gradient's.
         decoupled: weight decay shrinks theta by itself, else it is added to the gradient.
+        ranges: (offset, length) in theta of the entries that it moves by gradients sent beside the scalars.
     """
 
     source: ClassVar[str]
@@ -114,6 +124,7 @@ class Rule:
     forwards: ClassVar[int] = 0
     normalised: ClassVar[bool] = False
     decoupled: ClassVar[bool] = True
+    ranges: tuple[tuple[int, int], ...] = ()
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -154,8 +165,11 @@ class Rule:
 
     def step(self, theta: Tensor, state: State, records: Records) -> State:
         """One step, of at least one record."""
-        gradient = self.gradient(theta, state, records)
-        rate, decay = self.setup.schedule(records.step), float(self.setup.values.get("weight_decay", 0.0))
+        return self.descend(theta, state, self.gradient(theta, state, records), records.step)
+
+    def descend(self, theta: Tensor, state: State, gradient: Tensor, step: int) -> State:
+        """As `move`, at a step's learning rate, with weight decay."""
+        rate, decay = self.setup.schedule(step), float(self.setup.values.get("weight_decay", 0.0))
         if decay and self.decoupled:
             theta.mul_(rounded(1.0 - rate * decay))
         elif decay:

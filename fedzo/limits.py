@@ -26,12 +26,16 @@ class Limit:
     allowed: tuple[Value, ...]
     because: str
 
+    @property
+    def wanted(self) -> str:
+        """The condition in words."""
+        return f"{self.key} = {' or '.join(json.dumps(value) for value in self.allowed)}"
+
     def fault(self, values: Mapping[str, Value]) -> str | None:
         """What to change and why, or None when the flat configuration keeps the limit."""
         if values[self.key] in self.allowed:
             return None
-        wanted = " or ".join(json.dumps(value) for value in self.allowed)
-        return f"needs {self.key} = {wanted}, found {json.dumps(values[self.key])}: {self.because}"
+        return f"needs {self.wanted}, found {json.dumps(values[self.key])}: {self.because}"
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,17 @@ class AtLeast:
     least: int
     because: str
 
+    @property
+    def wanted(self) -> str:
+        """The condition in words."""
+        return f"{self.key} of at least {self.least}"
+
     def fault(self, values: Mapping[str, Value]) -> str | None:
         """As `Limit.fault`."""
         found = values[self.key]
         if isinstance(found, int | float) and found >= self.least:
             return None
-        return f"needs {self.key} of at least {self.least}, found {json.dumps(found)}: {self.because}"
+        return f"needs {self.wanted}, found {json.dumps(found)}: {self.because}"
 
 
 Condition = Limit | AtLeast

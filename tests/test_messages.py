@@ -35,6 +35,10 @@ def _scalars(shape: tuple[int, int]) -> st.SearchStrategy[np.ndarray]:
     return hnp.arrays(np.float32, shape, elements=FLOAT32)
 
 
+def _gradients(steps: int) -> st.SearchStrategy[np.ndarray | None]:
+    return st.none() | st.integers(1, 4).flatmap(lambda entries: _scalars((steps, entries)))
+
+
 SHAPES = st.tuples(st.integers(1, 3), st.integers(0, 4))
 
 
@@ -42,9 +46,8 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(0, 4))
 def contributions(draw: st.DrawFn) -> Contribution:
     shape = draw(SHAPES)
     fields = {name: draw(strategy) for name, strategy in HEAD.items()}
-    return Contribution(
-        **fields, seeds=draw(_seeds(shape)), scalars=draw(_scalars(shape)), examples=draw(UINT32), loss=draw(FLOAT32)
-    )
+    arrays = {"seeds": draw(_seeds(shape)), "scalars": draw(_scalars(shape)), "gradients": draw(_gradients(shape[0]))}
+    return Contribution(**fields, **arrays, examples=draw(UINT32), loss=draw(FLOAT32))
 
 
 @st.composite
@@ -62,7 +65,9 @@ def plans(draw: st.DrawFn) -> Plan:
             kind,
             draw(UINT32),
             fields["round"],  # a catch-up always ends at the plan's round
-            tuple(RoundRecords(draw(_seeds(shape)), draw(_scalars(shape))) for shape in shapes),
+            tuple(
+                RoundRecords(draw(_seeds(shape)), draw(_scalars(shape)), draw(_gradients(shape[0]))) for shape in shapes
+            ),
             draw(st.binary(max_size=40)) if kind == "snapshot" else b"",
         ),
         initial=draw(st.binary(max_size=40)),
@@ -123,6 +128,11 @@ def test_sizes_are_what_the_documentation_states() -> None:
         sent = Contribution(bytes(8), 0, 0, seeds, scalars, 1, 0.5)
         assert len(sent.to_bytes()) == max_contribution_bytes(steps, queries) == 32 + 12 * steps * queries
         records = RoundRecords(seeds, scalars)
+        gradients = np.ones((steps, 5), np.float32)
+        both = dataclasses.replace(sent, gradients=gradients), dataclasses.replace(records, gradients=gradients)
+        assert len(both[0].to_bytes()) == max_contribution_bytes(steps, queries, entries=5)
+        assert len(both[0].to_bytes()) - len(sent.to_bytes()) == both[1].nbytes - records.nbytes == 4 + 4 * steps * 5
+        assert len(both[1].to_bytes()) == both[1].nbytes
         assert len(records.to_bytes()) == records.nbytes == 7 + 12 * steps * queries
         for caught, size in ((CatchUp("none", 1, 1), 0), (CatchUp("records", 0, 1, (records,)), records.nbytes)):
             plan = Plan(bytes(8), 1, 0, seeds, 0.1, 4, bytes(32), caught)
@@ -158,7 +168,7 @@ def test_refusals_say_what_is_wrong(data: bytes, message: str) -> None:
 
 def test_records_that_claim_more_than_there_is_are_refused() -> None:
     plan = Plan(bytes(8), 1, 0, np.ones((1, 1), np.uint64), 0.1, 4, bytes(32), CatchUp("snapshot", 0, 1))
-    body = b"\xff\xff\xff\xff\xff\xff\x01" + bytes(20)
+    body = b"\xff\xff\xff\xff\xff\x7f\x01" + bytes(20)
     forged = dataclasses.replace(plan, catch_up=CatchUp("snapshot", 0, 1, snapshot=body)).to_bytes()
     kind_at = 20 + 2 + 2 + 8 + 4 + 32
     assert forged[kind_at] == 2

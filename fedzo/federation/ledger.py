@@ -5,9 +5,10 @@ import json
 import os
 import sqlite3
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedzo.errors import LedgerError
+from fedzo.federation.artifact import artifact_name
 from fedzo.federation.spec import RunSpec
 from fedzo.optimizers import Records, Scalars, Seeds
 
@@ -28,6 +30,7 @@ CREATE TABLE evaluations (round INTEGER NOT NULL, split TEXT NOT NULL, metrics T
 CREATE TABLE members (client INTEGER PRIMARY KEY, details TEXT NOT NULL);
 """
 _PAYLOAD = struct.Struct("<IHI32sI")
+_WITH_GRADIENTS = 1 << 31  # in a payload's number of records
 NO_DIGEST = bytes(32)
 
 
@@ -40,6 +43,7 @@ class LedgerRound:
         seeds, scalars: uint64 [K, R] and float32 [K, C R]; R is 0 in a round that missed its quorum.
         clients: numbers of the clients whose contributions it holds, ascending.
         digest: SHA-256 of theta after the round, or 32 zero bytes where none was taken.
+        gradients: float32 [K, F] as in `Records`, or None; an artifact, which the chain names by its SHA-256.
     """
 
     round: int
@@ -47,35 +51,53 @@ class LedgerRound:
     scalars: Scalars
     clients: tuple[int, ...]
     digest: bytes
+    gradients: Scalars | None = None
+
+    @cached_property
+    def artifacts(self) -> dict[str, bytes]:
+        """The gradients as little-endian bytes, if there are any, by their SHA-256."""
+        data = b"" if self.gradients is None else self.gradients.astype("<f4", copy=False).tobytes()
+        return {artifact_name(data): data} if data else {}
 
     def to_bytes(self) -> bytes:
         """The bytes that the chain hashes."""
         steps, width = self.seeds.shape
-        head = _PAYLOAD.pack(self.round, steps, width, self.digest, len(self.clients))
+        names = b"".join(map(bytes.fromhex, self.artifacts))
+        marked = width | _WITH_GRADIENTS if names else width
+        head = _PAYLOAD.pack(self.round, steps, marked, self.digest, len(self.clients)) + names
         clients = np.array(self.clients, dtype="<u4").tobytes()
         return head + clients + self.seeds.astype("<u8").tobytes() + self.scalars.astype("<f4").tobytes()
 
     @staticmethod
-    def from_bytes(data: bytes) -> "LedgerRound":
-        """Inverse of `to_bytes`; a wrong length is a ValueError."""
+    def from_bytes(data: bytes, artifact: Callable[[str], bytes]) -> "LedgerRound":
+        """Inverse of `to_bytes`, given the artifacts by their names; a wrong length is a ValueError."""
         if len(data) < _PAYLOAD.size:
             raise ValueError("payload too short")
-        round_, steps, width, digest, count = _PAYLOAD.unpack_from(data)
-        at, each = _PAYLOAD.size + 4 * count, 4 * steps * width
+        round_, steps, marked, digest, count = _PAYLOAD.unpack_from(data)
+        width = marked & ~_WITH_GRADIENTS
+        start = _PAYLOAD.size + (32 if marked != width else 0)
+        at, each = start + 4 * count, 4 * steps * width
         rest = len(data) - at - 2 * each
         if rest < each or rest % each if each else rest:
             raise ValueError("payload of a wrong length")
-        clients = np.frombuffer(data[_PAYLOAD.size : at], dtype="<u4")
+        clients = np.frombuffer(data[start:at], dtype="<u4")
         seeds = np.frombuffer(data[at : at + 8 * steps * width], dtype="<u8").astype(np.uint64)
         scalars = np.frombuffer(data[at + 8 * steps * width :], dtype="<f4").astype(np.float32)
         of_a_step = scalars.size // max(1, steps)
+        gradients = None
+        if marked != width:
+            values = artifact(data[_PAYLOAD.size : start].hex())
+            if steps == 0 or len(values) % (4 * steps):
+                raise ValueError("gradients of a wrong length")
+            gradients = np.frombuffer(values, dtype="<f4").astype(np.float32).reshape(steps, -1)
         return LedgerRound(
-            round_, seeds.reshape(steps, width), scalars.reshape(steps, of_a_step), tuple(clients.tolist()), digest
-        )
+            round_, seeds.reshape(steps, width), scalars.reshape(steps, of_a_step), tuple(clients.tolist()), digest,
+            gradients,
+        )  # fmt: skip
 
     def records(self) -> Records:
         """As the update rule takes them."""
-        return Records(self.round * self.seeds.shape[0], self.seeds, self.scalars)
+        return Records(self.round * self.seeds.shape[0], self.seeds, self.scalars, self.gradients)
 
 
 def chain(previous: bytes, payload: bytes) -> bytes:
@@ -194,13 +216,14 @@ class Ledger:
         return self._head
 
     def append(self, entry: LedgerRound, summary: Mapping[str, Any]) -> None:
-        """Commits the next round; `summary` (counts, bytes, losses) is kept beside it and not hashed."""
+        """Commits the next round, its artifacts too; `summary` (counts, bytes, losses) is beside it, not hashed."""
         if entry.round != self._rounds:
             raise LedgerError(f"round {entry.round} cannot follow {self._rounds} committed rounds")
         payload = entry.to_bytes()
         head = chain(self._head, payload)
         try:
             self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT OR IGNORE INTO artifacts VALUES (?, ?)", entry.artifacts.items())
             self._db.execute(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?)", (entry.round, payload, head, json.dumps(dict(summary)))
             )
@@ -239,7 +262,9 @@ class Ledger:
                 )
             previous = row[1]
             try:
-                entry = LedgerRound.from_bytes(row[0])
+                entry = LedgerRound.from_bytes(row[0], self.artifact)
+            except LedgerError as error:
+                raise LedgerError(f"{error}, and round {round_} is made of it; restore it from a copy") from error
             except ValueError as error:
                 raise LedgerError(f"{self.path}: round {round_} is damaged ({error})") from error
             if entry.round != round_:

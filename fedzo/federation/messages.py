@@ -19,7 +19,9 @@ _HEAD = struct.Struct("<2sBB8sII")
 _PLAN = struct.Struct("<HHdI32sBIII")
 _CONTRIBUTION = struct.Struct("<HHIf")
 _ROUND = struct.Struct("<HIB")
-_KIND_PLAN, _KIND_CONTRIBUTION, _KIND_BEHIND, _KIND_FAILURE = 1, 2, 3, 4
+_ENTRIES = struct.Struct("<I")
+_WITH_GRADIENTS = 1 << 31  # in a round's number of records
+_KIND_PLAN, _KIND_CONTRIBUTION, _KIND_BEHIND, _KIND_FAILURE, _KIND_GRADIENTS = 1, 2, 3, 4, 5
 FailureReason = Literal["digest", "not-finite"]
 _REASONS: tuple[FailureReason, ...] = ("digest", "not-finite")
 _CATCH_UP: tuple[Literal["none", "records", "snapshot"], ...] = ("none", "records", "snapshot")
@@ -51,19 +53,26 @@ class Hello:
 
 @dataclass(frozen=True)
 class RoundRecords:
-    """The records of one round on their way to a client: seeds uint64 [K, R], scalars float32 [K, C R]."""
+    """The records of one round on their way to a client.
+
+    Attributes:
+        seeds, scalars: uint64 [K, R] and float32 [K, C R].
+        gradients: float32 [K, F] as in `Records`, or None.
+    """
 
     seeds: Seeds
     scalars: Scalars
+    gradients: Scalars | None = None
 
     def to_bytes(self) -> bytes:
         steps, width = self.seeds.shape
-        scalars = self.scalars.shape[1] // max(1, width)
-        return _ROUND.pack(steps, width, scalars) + _pack(self.seeds, self.scalars)
+        mark, scalars = 0 if self.gradients is None else _WITH_GRADIENTS, self.scalars.shape[1] // max(1, width)
+        return _ROUND.pack(steps, width | mark, scalars) + _pack(self.seeds, self.scalars, self.gradients)
 
     @property
     def nbytes(self) -> int:
-        return _ROUND.size + 8 * self.seeds.size + 4 * self.scalars.size
+        gradients = 0 if self.gradients is None else _ENTRIES.size + 4 * self.gradients.size
+        return _ROUND.size + 8 * self.seeds.size + 4 * self.scalars.size + gradients
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,8 @@ class Contribution:
             a method of C = 2 scalars a query, the second ones.
         examples: examples that the client trains on.
         loss: mean loss over its steps.
+        gradients: float32 [K, F], the gradient of the mean loss over the step's batch with respect to the entries that
+            the update rule moves by gradients (`Rule.ranges`); None: it has none.
     """
 
     run_id: bytes
@@ -146,11 +157,14 @@ class Contribution:
     scalars: Scalars
     examples: int
     loss: float
+    gradients: Scalars | None = None
 
     def to_bytes(self) -> bytes:
         steps, queries = self.seeds.shape
-        head = _HEAD.pack(b"fz", PROTOCOL, _KIND_CONTRIBUTION, self.run_id, self.round, self.client)
-        return head + _CONTRIBUTION.pack(steps, queries, self.examples, self.loss) + _pack(self.seeds, self.scalars)
+        kind = _KIND_CONTRIBUTION if self.gradients is None else _KIND_GRADIENTS
+        head = _HEAD.pack(b"fz", PROTOCOL, kind, self.run_id, self.round, self.client)
+        fixed = _CONTRIBUTION.pack(steps, queries, self.examples, self.loss)
+        return head + fixed + _pack(self.seeds, self.scalars, self.gradients)
 
 
 @dataclass(frozen=True)
@@ -187,25 +201,38 @@ class Failure:
 Message = Plan | Contribution | Behind | Failure
 
 
-def _pack(seeds: Seeds, scalars: Scalars) -> bytes:
-    return seeds.astype("<u8").tobytes() + scalars.astype("<f4").tobytes()
+def _pack(seeds: Seeds, scalars: Scalars, gradients: Scalars | None) -> bytes:
+    """Seeds and scalars; around them, where there are gradients, the number of their entries and themselves."""
+    body = seeds.astype("<u8").tobytes() + scalars.astype("<f4").tobytes()
+    if gradients is None:
+        return body
+    return _ENTRIES.pack(gradients.shape[1]) + body + gradients.astype("<f4", copy=False).tobytes()
 
 
-def _unpack(data: memoryview, steps: int, width: int) -> tuple[Seeds, Scalars]:
-    """Seeds [steps, width] and all the scalars behind them, [steps, a multiple of width]."""
-    at = 8 * steps * width
-    unit = 4 * steps * width
-    rest = len(data) - at
+def _unpack(data: memoryview, steps: int, width: int, entries: int | None) -> tuple[Seeds, Scalars, Scalars | None]:
+    """Seeds [steps, width], scalars [steps, a multiple of width] and gradients [steps, entries] (None: there are none).
+
+    The data is as `_pack` makes it, without the number of entries.
+    """
+    at, unit, tail = 8 * steps * width, 4 * steps * width, 4 * steps * (entries or 0)
+    rest = len(data) - at - tail
     if rest < unit or rest % unit if unit else rest:
-        raise ProtocolError(f"seeds and scalars of {len(data)} bytes, wanted {at} and a multiple of {unit}")
+        raise ProtocolError(f"seeds and scalars of {len(data) - tail} bytes, wanted {at} and a multiple of {unit}")
     seeds = np.frombuffer(data[:at], dtype="<u8").astype(np.uint64).reshape(steps, width)
-    scalars = np.frombuffer(data[at:], dtype="<f4").astype(np.float32)
-    return seeds, scalars.reshape(steps, width * (rest // unit if unit else 0))
+    values = np.frombuffer(data[at:], dtype="<f4").astype(np.float32)
+    scalars = values[: rest // 4].reshape(steps, width * (rest // unit if unit else 0))
+    return seeds, scalars, None if entries is None else values[rest // 4 :].reshape(steps, entries)
 
 
-def max_contribution_bytes(local_steps: int, queries: int, scalars: int = 1) -> int:
-    """The length of a right contribution, which no right message of a worker exceeds."""
-    return _HEAD.size + _CONTRIBUTION.size + (8 + 4 * scalars) * local_steps * queries
+def max_contribution_bytes(local_steps: int, queries: int, scalars: int = 1, entries: int = 0) -> int:
+    """The length of a right contribution, which no right message of a worker exceeds.
+
+    Args:
+        scalars: C, of a query.
+        entries: F, of a gradient; 0: the contribution has none.
+    """
+    gradients = _ENTRIES.size + 4 * local_steps * entries if entries else 0
+    return _HEAD.size + _CONTRIBUTION.size + (8 + 4 * scalars) * local_steps * queries + gradients
 
 
 def decode(data: bytes) -> Message:
@@ -226,10 +253,11 @@ def decode(data: bytes) -> Message:
     try:
         if kind == _KIND_PLAN:
             return _decode_plan(body, run_id, round_, client)
-        if kind == _KIND_CONTRIBUTION:
+        if kind in (_KIND_CONTRIBUTION, _KIND_GRADIENTS):
             steps, queries, examples, loss = _CONTRIBUTION.unpack_from(body)
-            body = body[_CONTRIBUTION.size :]
-            return Contribution(run_id, round_, client, *_unpack(body, steps, queries), examples, loss)
+            entries, body = _entries(body[_CONTRIBUTION.size :], kind == _KIND_GRADIENTS)
+            seeds, scalars, gradients = _unpack(body, steps, queries, entries)
+            return Contribution(run_id, round_, client, seeds, scalars, examples, loss, gradients)
         if kind == _KIND_BEHIND:
             _expect(len(body), 4)
             return Behind(run_id, round_, client, struct.unpack("<I", body)[0])
@@ -241,6 +269,11 @@ def decode(data: bytes) -> Message:
     except struct.error as error:
         raise ProtocolError(f"message of {len(view)} bytes ends too early") from error
     raise ProtocolError(f"unknown kind of message {kind}")
+
+
+def _entries(data: memoryview, stated: bool) -> tuple[int | None, memoryview]:
+    """The number of a gradient's entries, where it is stated, and what follows it."""
+    return (_ENTRIES.unpack_from(data)[0], data[_ENTRIES.size :]) if stated else (None, data)
 
 
 def _expect(length: int, wanted: int) -> None:
@@ -259,11 +292,13 @@ def _decode_plan(body: memoryview, run_id: bytes, round_: int, client: int) -> P
     caught, records = rest[:length], []
     if _CATCH_UP[kind] == "records":
         while caught:
-            k, width, scalars = _ROUND.unpack_from(caught)
-            caught, size = caught[_ROUND.size :], (8 + 4 * scalars) * k * width
+            k, marked, scalars = _ROUND.unpack_from(caught)
+            width = marked & ~_WITH_GRADIENTS
+            entries, caught = _entries(caught[_ROUND.size :], marked != width)
+            size = (8 + 4 * scalars) * k * width + 4 * k * (entries or 0)
             if len(caught) < size:
                 raise ProtocolError(f"records of {len(caught)} bytes, wanted {size}")
-            records.append(RoundRecords(*_unpack(caught[:size], k, width)))
+            records.append(RoundRecords(*_unpack(caught[:size], k, width, entries)))
             caught = caught[size:]
     snapshot = bytes(rest[:length]) if _CATCH_UP[kind] == "snapshot" else b""
     catch_up = CatchUp(_CATCH_UP[kind], start, round_, tuple(records), snapshot)

@@ -12,7 +12,7 @@ from fedzo.federation.spec import RunSpec
 from fedzo.optimizers import Records, theta_array
 from fedzo.structures import Layout
 
-# Records fused into one pass; a bound on memory, not a choice that theta depends on.
+# Records fused into one pass (and entries of gradients); a bound on memory, not a choice that theta depends on.
 _FUSED = 4096
 
 
@@ -54,7 +54,7 @@ class Replica:
             if records.step != (self.rounds + len(pending)) * self.spec.local_steps:
                 raise ProtocolError(f"records of step {records.step} cannot follow {self.rounds + len(pending)} rounds")
             pending.append(records)
-            held += records.seeds.size
+            held += records.seeds.size + (0 if records.gradients is None else records.gradients.size)
             if held >= _FUSED:
                 self._flush(pending)
                 held = 0
@@ -80,7 +80,7 @@ class Replica:
                 raise ProtocolError(f"records start at round {missed.start}, the replica stands at {self.rounds}")
             new = missed.records[self.rounds - missed.start :]
             steps, first = self.spec.local_steps, self.rounds
-            self.apply([Records((first + i) * steps, r.seeds, r.scalars) for i, r in enumerate(new)])
+            self.apply([Records((first + i) * steps, r.seeds, r.scalars, r.gradients) for i, r in enumerate(new)])
         if self.rounds != missed.stop:
             raise ProtocolError(f"after catching up the replica stands at round {self.rounds}, not {missed.stop}")
 

@@ -20,7 +20,6 @@ import fedzo  # noqa: F401  # isort: skip  (before torch: it sets what OpenMP re
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,11 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_step import two_way_batch
+from memory import forget_peak, peak
 from torch import nn
 
 from fedzo.evaluation import Evaluator, LossRequest, candidate_scores
 from fedzo.optimizers import SGD, Records, Schedule, Setup
-from fedzo.runtime import keep_memory, release_memory
+from fedzo.runtime import keep_memory
 from fedzo.spaces import full
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -48,25 +48,6 @@ def opt_125m(dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     config = OPTConfig(num_hidden_layers=12, hidden_size=768, ffn_dim=3072, num_attention_heads=12, vocab_size=50272)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def forget_peak(device: str) -> None:
-    """Peaks count from here on."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        release_memory()
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device: str) -> int:
-    """Bytes."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def load_code(device: str) -> None:

@@ -26,8 +26,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench_bf16 import forget_peak, peak
 from bench_step import two_way_batch
+from memory import forget_peak, peak
 from torch import nn
 
 from fedzo.directions import axpy

@@ -2,14 +2,16 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedzo.errors import LedgerError, ProtocolError
 from fedzo.federation.aggregation import AGGREGATORS
+from fedzo.federation.amplitudes import Amplitudes
 from fedzo.federation.ledger import NO_DIGEST, Ledger, LedgerRound
 from fedzo.federation.messages import (
     Behind,
@@ -24,8 +26,8 @@ from fedzo.federation.messages import (
 )
 from fedzo.federation.randomness import bernoulli, derive, pool_seeds, round_seeds, shuffled
 from fedzo.federation.replica import Replica
-from fedzo.federation.spec import PROTOCOL
-from fedzo.optimizers import Seeds
+from fedzo.federation.spec import POOLS, PROTOCOL
+from fedzo.optimizers import Records, Scalars, Seeds
 from fedzo.registry import lookup
 
 
@@ -57,6 +59,7 @@ class RoundSummary:
         artifact_bytes: the part of bytes_down that was artifacts, sent to clients since the round before.
         scalars: records written.
         max_scalar: largest magnitude among them.
+        gradient_bytes: length of the round's gradients, an artifact of the ledger.
     """
 
     round: int
@@ -69,6 +72,7 @@ class RoundSummary:
     artifact_bytes: int
     scalars: int
     max_scalar: float
+    gradient_bytes: int = 0
 
 
 @dataclass
@@ -100,7 +104,10 @@ class Coordinator:
     def __init__(self, ledger: Ledger, replica: Replica) -> None:
         self.ledger, self.replica, self.spec = ledger, replica, ledger.spec
         self._aggregate = lookup(AGGREGATORS, self.spec.aggregation, "aggregation")
-        self._pool = pool_seeds(self.spec.seed, self.spec.pool_size) if self.spec.seeds == "pool" else None
+        self._pool = pool_seeds(self.spec.seed, self.spec.pool_size) if self.spec.seeds in POOLS else None
+        weighted = self._pool is not None and self.spec.seeds == "weighted-pool"
+        self._amplitudes = Amplitudes(self._pool) if weighted else None
+        self._entries = sum(length for _, length in replica.rule.ranges)  # F, of a gradient
         self.members: dict[int, Member] = {}
         self._open: _Open | None = None
         self._tails: dict[int, CatchUp] = {}
@@ -109,7 +116,13 @@ class Coordinator:
         replay(ledger, replica)
         self._sizes = [0]  # bytes of the records of the first 0, 1, ... rounds
         for entry in ledger.read():
-            self._sizes.append(self._sizes[-1] + RoundRecords(entry.seeds, entry.scalars).nbytes)
+            self._note(entry)
+
+    def _note(self, entry: LedgerRound) -> None:
+        """Keeps what later rounds need of one that is in the ledger."""
+        self._sizes.append(self._sizes[-1] + _sent(entry).nbytes)
+        if self._amplitudes is not None:
+            self._amplitudes.add(entry)
 
     @property
     def finished(self) -> bool:
@@ -188,9 +201,10 @@ class Coordinator:
             picked = picked[: spec.clients_per_round]
         shape = (spec.local_steps, spec.queries)
         assign = self.replica.rule.setup.structure.assign
+        weights = None if self._amplitudes is None else self._amplitudes.weights()
         seeds = {}
         for client in sorted(picked):
-            drawn_seeds = round_seeds(spec.seed, spec.seeds, round_, client, shape, self._pool)
+            drawn_seeds = round_seeds(spec.seed, spec.seeds, round_, client, shape, self._pool, weights)
             seeds[client] = np.stack([assign(row) for row in drawn_seeds])
         sent, self._artifact_bytes = self._artifact_bytes, 0
         self._open, self._tails = _Open(round_, seeds, bytes_down=sent, artifact_bytes=sent), {}
@@ -220,7 +234,7 @@ class Coordinator:
                 state = self.replica.rule.snapshot(self.replica.theta, self.replica.state)
                 caught = CatchUp("snapshot", applied, now, snapshot=state)
             else:
-                tail = tuple(RoundRecords(entry.seeds, entry.scalars) for entry in self.ledger.read(applied))
+                tail = tuple(map(_sent, self.ledger.read(applied)))
                 caught = CatchUp("records", applied, now, tail)
             self._tails[applied] = caught
         return self._tails[applied]
@@ -241,7 +255,8 @@ class Coordinator:
         current.bytes_up += len(data)
         reason: str | None
         try:
-            if len(data) > max_contribution_bytes(self.spec.local_steps, self.spec.queries, self.spec.scalars):
+            spec = self.spec
+            if len(data) > max_contribution_bytes(spec.local_steps, spec.queries, spec.scalars, self._entries):
                 raise ProtocolError("longer than any right message")
             message = decode(data)
         except ProtocolError:
@@ -298,17 +313,17 @@ class Coordinator:
         assert self._open is not None
         wanted = self._open.seeds[client]
         steps, queries = wanted.shape
-        if message.seeds.shape != wanted.shape or message.scalars.shape != (steps, self.spec.scalars * queries):
+        arrays = [array for array in (message.scalars, message.gradients) if array is not None]
+        shapes = [(steps, self.spec.scalars * queries), *([(steps, self._entries)] if self._entries else [])]
+        if message.seeds.shape != wanted.shape or [array.shape for array in arrays] != shapes:
             return "shape"
         if not np.array_equal(message.seeds, wanted):
             return "seeds"
         if message.examples != self.members[client].examples:
             return "examples"
-        if not np.isfinite(message.scalars).all() or not np.isfinite(message.loss):
+        if not all(np.isfinite(values).all() for values in (*arrays, message.loss)):
             return "not-finite"
-        if np.abs(message.scalars).max() > self.spec.scalar_bound:
-            return "bound"
-        return None
+        return "bound" if any(np.abs(array).max() > self.spec.scalar_bound for array in arrays) else None
 
     def close_round(self) -> RoundSummary:
         """Aggregates, applies, commits. Below its quorum a round is committed without records and moves nothing.
@@ -328,10 +343,10 @@ class Coordinator:
             clients = []
         contributions = [current.contributions[client] for client in clients]
         seeds, scalars = self._combine(contributions)
-        entry = LedgerRound(current.round, seeds, scalars, tuple(clients), NO_DIGEST)
+        entry = LedgerRound(current.round, seeds, scalars, tuple(clients), NO_DIGEST, self._gradients(contributions))
         self.replica.apply([entry.records()])
         if spec.has_digest(current.round):
-            entry = LedgerRound(current.round, seeds, scalars, tuple(clients), self.replica.digest())
+            entry = replace(entry, digest=self.replica.digest())
         summary = RoundSummary(
             round=current.round,
             sampled=len(current.seeds),
@@ -343,9 +358,10 @@ class Coordinator:
             artifact_bytes=current.artifact_bytes,
             scalars=int(scalars.size),
             max_scalar=float(np.abs(scalars).max()) if scalars.size else 0.0,
+            gradient_bytes=sum(map(len, entry.artifacts.values())),
         )
         self.ledger.append(entry, vars(summary))
-        self._sizes.append(self._sizes[-1] + RoundRecords(seeds, scalars).nbytes)
+        self._note(entry)
         self._open = None
         return summary
 
@@ -355,8 +371,7 @@ class Coordinator:
         if not contributions:
             shape = (spec.local_steps, 0)
             return np.empty(shape, dtype=np.uint64), np.empty(shape, dtype=np.float32)
-        counts = np.array([c.examples for c in contributions], dtype=np.float64)
-        weights = counts / counts.sum()
+        weights = _weights(contributions)
         stacked = np.stack([c.scalars.astype(np.float64) for c in contributions])
         if spec.seeds == "shared":
             combined = self._aggregate(stacked, weights, spec.trim)
@@ -368,6 +383,24 @@ class Coordinator:
         # [clients, K, C P]: the first scalars of all clients, then their second ones.
         parts = np.split(scaled, spec.scalars, axis=2)
         return own, np.concatenate([row for part in parts for row in part], axis=1).astype(np.float32)
+
+    def _gradients(self, contributions: Sequence[Contribution]) -> Scalars | None:
+        """The aggregate [K, F] float32 of the contributions' gradients, entry by entry; None: there are none."""
+        found = [c.gradients.astype(np.float64) for c in contributions if c.gradients is not None]
+        if not found:
+            return None
+        return self._aggregate(np.stack(found), _weights(contributions), self.spec.trim).astype(np.float32)
+
+
+def _weights(contributions: Sequence[Contribution]) -> npt.NDArray[np.float64]:
+    """The share of each client's examples."""
+    counts = np.array([c.examples for c in contributions], dtype=np.float64)
+    shares: npt.NDArray[np.float64] = counts / counts.sum()
+    return shares
+
+
+def _sent(entry: LedgerRound) -> RoundRecords:
+    return RoundRecords(entry.seeds, entry.scalars, entry.gradients)
 
 
 def replay(ledger: Ledger, replica: Replica, rounds: int | None = None) -> None:
@@ -392,7 +425,14 @@ def replay(ledger: Ledger, replica: Replica, rounds: int | None = None) -> None:
             f"theta0 of this base model has the digest {replica.digest().hex()[:12]}, the ledger's is "
             f"{spec.theta0[:12]}: the ledger belongs to another model or space"
         )
-    entries = list(ledger.read(0, stop if stop < ledger.rounds else None))
-    replica.apply(entry.records() for entry in entries)
-    if entries and any(entries[-1].digest) and replica.digest() != entries[-1].digest:
+    recorded = NO_DIGEST
+
+    def records() -> Iterator[Records]:
+        nonlocal recorded
+        for entry in ledger.read(0, stop if stop < ledger.rounds else None):
+            recorded = entry.digest
+            yield entry.records()
+
+    replica.apply(records())
+    if any(recorded) and replica.digest() != recorded:
         raise LedgerError(f"{ledger.path}: replaying {stop} rounds gives another theta than the digest recorded there")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedzo.errors import ProtocolError
 from fedzo.estimators import Estimate, Query
-from fedzo.evaluation import Batch, Request
+from fedzo.evaluation import Batch, GradientRequest, Request
 from fedzo.federation.messages import Behind, Contribution, Failure, Hello, Plan
 from fedzo.federation.randomness import choose, derive
 from fedzo.federation.replica import Replica
@@ -80,8 +80,9 @@ class Worker:
             replica.reset()
             return Failure(plan.run_id, plan.round, self.client, "digest")
         steps, queries = plan.seeds.shape
-        scalars = np.empty((steps, spec.scalars * queries), dtype=np.float32)
         estimator, rule, theta, state, losses = spec.build_estimator(), replica.rule, replica.theta, replica.state, 0.0
+        scalars = np.empty((steps, spec.scalars * queries), dtype=np.float32)
+        gradients = np.empty((steps, sum(length for _, length in rule.ranges)), dtype=np.float32)
         if steps > 1:
             theta, (rule, state) = theta.clone(), rule.fork(state)
         for k in range(steps):
@@ -94,12 +95,18 @@ class Worker:
             estimate = yield from estimator.estimate(query)
             scalars[k] = _scalars(estimate, spec.clip)
             losses += estimate.loss / steps
-            if not np.isfinite(scalars[k]).all() or not np.isfinite(losses):
+            if rule.ranges:
+                gradients[k] = (yield GradientRequest(theta, batch, rule.ranges)).numpy()[len(batch.labels) :]
+            if not all(np.isfinite(found).all() for found in (scalars[k], losses, gradients[k])):
                 return Failure(plan.run_id, plan.round, self.client, "not-finite")
-            scalars[k] = yield from rule.settle(theta, state, batch, Records(step, seeds, scalars[k : k + 1]))
+            own = Records(step, seeds, scalars[k : k + 1], gradients[k : k + 1] if rule.ranges else None)
+            scalars[k] = yield from rule.settle(theta, state, batch, own)  # own is a view of them
             if k + 1 < steps:
-                state = rule.apply(theta, state, [Records(step, seeds, scalars[k : k + 1])])
-        return Contribution(plan.run_id, plan.round, self.client, plan.seeds, scalars, len(self.data), losses)
+                state = rule.apply(theta, state, [own])
+        return Contribution(
+            plan.run_id, plan.round, self.client, plan.seeds, scalars, len(self.data), losses,
+            gradients if rule.ranges else None,
+        )  # fmt: skip
 
 
 def _scalars(estimate: Estimate, clip: float) -> Scalars:

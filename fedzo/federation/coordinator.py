@@ -56,10 +56,9 @@ class RoundSummary:
         dropped: reason -> contributions dropped.
         loss: mean of the accepted clients' losses, None when the round missed its quorum.
         bytes_down, bytes_up: payload to and from all clients.
-        artifact_bytes: the part of bytes_down that was artifacts, sent to clients since the round before.
+        artifact_bytes: the part of bytes_down that was artifacts: masks sent since the round before, and gradients.
         scalars: records written.
         max_scalar: largest magnitude among them.
-        gradient_bytes: length of the round's gradients, an artifact of the ledger.
     """
 
     round: int
@@ -72,7 +71,6 @@ class RoundSummary:
     artifact_bytes: int
     scalars: int
     max_scalar: float
-    gradient_bytes: int = 0
 
 
 @dataclass
@@ -220,6 +218,7 @@ class Coordinator:
             spec.run_id, round_, client, self._open.seeds[client], spec.eps, spec.batch_size, digest, catch_up, initial
         )  # fmt: skip
         self._open.bytes_down += len(plan.to_bytes())
+        self._open.artifact_bytes += sum(4 * r.gradients.size for r in catch_up.records if r.gradients is not None)
         return plan
 
     def _catch_up(self, applied: int) -> CatchUp:
@@ -321,7 +320,7 @@ class Coordinator:
             return "seeds"
         if message.examples != self.members[client].examples:
             return "examples"
-        if not all(np.isfinite(values).all() for values in (*arrays, message.loss)):
+        if not np.isfinite(message.loss) or not all(np.isfinite(array).all() for array in arrays):
             return "not-finite"
         return "bound" if any(np.abs(array).max() > self.spec.scalar_bound for array in arrays) else None
 
@@ -358,7 +357,6 @@ class Coordinator:
             artifact_bytes=current.artifact_bytes,
             scalars=int(scalars.size),
             max_scalar=float(np.abs(scalars).max()) if scalars.size else 0.0,
-            gradient_bytes=sum(map(len, entry.artifacts.values())),
         )
         self.ledger.append(entry, vars(summary))
         self._note(entry)

@@ -17,7 +17,7 @@ from fedzo.federation.aggregation import AGGREGATORS, NEEDS_SHARED_SEEDS
 from fedzo.federation.spec import SeedSchedule
 from fedzo.limits import Value
 from fedzo.methods import difference, with_method
-from fedzo.optimizers import OPTIMIZERS, SCHEDULES, Rule
+from fedzo.optimizers import OPTIMIZERS, SCHEDULES, Hybrid, Rule
 from fedzo.registry import lookup, nearest
 from fedzo.spaces import METHODS
 from fedzo.structures import STRUCTURES, Structure
@@ -168,13 +168,24 @@ class MethodSection(Section):
     nesterov: bool = Field(default=False, description="look ahead, for momentum")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, for adam and adamw")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment, for adam and adamw")
-    adam_eps: float = Field(default=1e-8, gt=0, description="added to its square root, for adam and adamw")
+    adam_eps: float = Field(default=1e-8, ge=1e-30, description="added to its square root, for adam and adamw")
     smoothing: float = Field(default=1e-3, gt=0, lt=1, description="share of the newest curvature, for hizoo and hiso")
     anchor_every: int = Field(default=10, ge=1, description="steps between anchors, for svrg")
-    project_every: int = Field(default=50, ge=2, description="steps between projections of the drift, for dizo")
+    project_every: int = Field(default=50, ge=1, description="steps between projections of the drift, for dizo")
+    project_steps: int = Field(default=10, ge=1, description="steps of a projection, for dizo")
+    projection_rate: float = Field(default=2.0, gt=0, description="learning rate of a projection, for dizo")
+    projection_clip: float = Field(
+        default=0.2, gt=0, lt=1, description="largest change of a parameter's drift by a projection, for dizo"
+    )
     layer_share: float = Field(default=0.25, gt=0, le=1, description="part of the layers a direction moves, layer-wise")
     rank: int = Field(default=2, ge=1, description="of a matrix's direction, for low-rank and subspace")
     refresh: int = Field(default=50, ge=1, description="steps between new factors, for low-rank and subspace")
+
+    first_order: Names = Field(
+        default=(), description="patterns of trained parameters that move by back-propagation (hybrid); empty: none"
+    )
+    first_order_optimizer: str = Field(default="sgd", description="gradient -> those parameters")
+    first_order_rate: float = Field(default=1e-3, gt=0, description="their peak step size")
 
 
 class FederationSection(Section):
@@ -245,6 +256,7 @@ class Config(Section):
                 (method.estimator, ESTIMATORS, "method.estimator"),
                 (method.structure, STRUCTURES, "method.structure"),
                 (method.optimizer, OPTIMIZERS, "method.optimizer"),
+                (method.first_order_optimizer, OPTIMIZERS, "method.first_order_optimizer"),
                 (method.schedule, SCHEDULES, "method.schedule"),
                 (federation.aggregation, AGGREGATORS, "federation.aggregation"),
             ):
@@ -257,7 +269,7 @@ class Config(Section):
         for part, name in self._parts():
             for limit in part.limits:
                 if fault := limit.fault(values):
-                    raise ValueError(f'method.{name} = "{getattr(method, name)}" {fault}')
+                    raise ValueError(f'method.{name} = "{values[f"method.{name}"]}" {fault}')
         if self.data.shots and self.data.limit:
             raise ValueError(
                 f"data.shots is {self.data.shots} and data.limit is {self.data.limit}: set one of them to 0"
@@ -320,12 +332,14 @@ class Config(Section):
             (ESTIMATORS[method.estimator], "estimator"),
             (STRUCTURES[method.structure], "structure"),
             (OPTIMIZERS[method.optimizer], "optimizer"),
+            *([(Hybrid, "first_order")] if method.first_order else []),
+            *([(OPTIMIZERS[method.first_order_optimizer], "first_order_optimizer")] if method.first_order else []),
         ]
 
     def settings(self) -> dict[str, Value]:
         """The keys of ``method`` that its parts read, by name."""
-        names = sorted({name for part, _ in self._parts() for name in part.settings})
-        return {name: getattr(self.method, name) for name in names}
+        names, values = sorted({name for part, _ in self._parts() for name in part.settings}), flatten(self)
+        return {name: values[f"method.{name}"] for name in names}
 
     def for_client(self, number: int) -> "Config":
         """With a client's own base, where `model.client_quantisation` gives it one."""

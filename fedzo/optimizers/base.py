@@ -96,6 +96,11 @@ class Setup:
     def layout(self) -> Layout:
         return self.structure.frame.layout
 
+    @property
+    def decay(self) -> float:
+        """Weight decay."""
+        return float(self.values.get("weight_decay", 0.0))
+
 
 class Rule:
     """Turns records into theta. State is part of theta's function: same records, same state, bit for bit.
@@ -169,7 +174,7 @@ class Rule:
 
     def descend(self, theta: Tensor, state: State, gradient: Tensor, step: int) -> State:
         """As `move`, at a step's learning rate, with weight decay."""
-        rate, decay = self.setup.schedule(step), float(self.setup.values.get("weight_decay", 0.0))
+        rate, decay = self.setup.schedule(step), self.setup.decay
         if decay and self.decoupled:
             theta.mul_(rounded(1.0 - rate * decay))
         elif decay:

@@ -1,6 +1,6 @@
 """ZO-SGD, and the same over a fixed pool of seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import ClassVar
@@ -12,8 +12,9 @@ from torch import Tensor
 from fedzo import directions
 from fedzo.directions.base import Directions, Isotropic
 from fedzo.errors import ConfigError, ProtocolError
+from fedzo.evaluation import Batch, Request
 from fedzo.limits import NO_CODES, Condition
-from fedzo.optimizers.base import Records, Rule, Seeds, State, expect_length, rounded
+from fedzo.optimizers.base import Records, Rule, Scalars, Seeds, State, expect_length, rounded
 
 
 class SGD(Rule):
@@ -26,14 +27,10 @@ class SGD(Rule):
     source: ClassVar[str] = "MeZO, arXiv 2305.17333, algorithm 1; ZO-Bench, arXiv 2402.11592, equation 2"
     limits: ClassVar[tuple[Condition, ...]] = (NO_CODES,)
 
-    @property
-    def _decay(self) -> float:
-        return float(self.setup.values.get("weight_decay", 0.0))
-
     def apply(self, theta: Tensor, state: State, records: Sequence[Records]) -> State:
         if theta.dtype == torch.bfloat16:
             self._apply_rounded(theta, records)
-        elif self.setup.structure.steady and not self._decay and records:
+        elif self.setup.structure.steady and not self.setup.decay and records:
             seeds = np.concatenate([r.seeds.ravel() for r in records])
             coefficients = np.concatenate([self.coefficients(r).ravel() for r in records]).astype(np.float32)
             self.setup.structure.at(0).replay(theta, seeds, coefficients)
@@ -42,8 +39,8 @@ class SGD(Rule):
         return state
 
     def step(self, theta: Tensor, state: State, records: Records) -> State:
-        if self._decay:
-            theta.mul_(rounded(1.0 - self.setup.schedule(records.step) * self._decay))
+        if self.setup.decay:
+            theta.mul_(rounded(1.0 - self.setup.schedule(records.step) * self.setup.decay))
         coefficients = self.coefficients(records)[0].astype(np.float32)
         self.directions(records.step, theta, state).replay(theta, records.seeds[0], coefficients)
         return state
@@ -51,7 +48,7 @@ class SGD(Rule):
     def _apply_rounded(self, theta: Tensor, records: Sequence[Records]) -> None:
         """One pass over theta for each run of steps with equally many records."""
         drawn = self.setup.structure.at(0)
-        if not isinstance(drawn, Isotropic) or self._decay:
+        if not isinstance(drawn, Isotropic) or self.setup.decay:
             raise ConfigError(
                 "a bfloat16 theta is moved along isotropic directions without weight decay only: set "
                 'method.structure = "isotropic" and method.weight_decay = 0, or space.theta_dtype = "float32"'
@@ -86,7 +83,7 @@ class PoolSGD(Rule):
     def __init__(self, sgd: SGD, pool: Seeds) -> None:
         super().__init__(sgd.setup)
         self.sgd, self.pool = sgd, pool
-        if not sgd.setup.structure.steady or sgd.setup.values.get("weight_decay"):
+        if not sgd.setup.structure.steady or sgd.setup.decay:
             raise ConfigError(
                 'federation.seeds = "pool" sums over a fixed set of directions: set method.structure = "isotropic" and '
                 "method.weight_decay = 0"
@@ -111,6 +108,11 @@ class PoolSGD(Rule):
 
     def directions(self, step: int, theta: Tensor, state: State) -> Directions:
         return self.sgd.directions(step, theta, state)
+
+    def settle(
+        self, theta: Tensor, state: State, batch: Batch, records: Records
+    ) -> Generator[Request, Tensor, Scalars]:
+        return self.sgd.settle(theta, {}, batch, records)
 
     def apply(self, theta: Tensor, state: State, records: Sequence[Records]) -> State:
         """As `Rule.apply`.

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedzo.evaluation import Batch, LossRequest
+from fedzo.evaluation import Batch, GradientRequest, LossRequest, Request
 from fedzo.federation.artifact import artifact_name, pack_values
 from fedzo.federation.coordinator import Coordinator, RoundSummary
 from fedzo.federation.ledger import Ledger, LedgerRound
@@ -21,6 +21,8 @@ from fedzo.federation.messages import Plan, decode
 from fedzo.federation.replica import Replica, theta_digest
 from fedzo.federation.spec import PROTOCOL, RunSpec
 from fedzo.federation.worker import Worker
+from fedzo.spaces import Segment
+from fedzo.structures import Layout
 
 SIZE = 12
 Load = Callable[[], Tensor]
@@ -86,6 +88,21 @@ def losses(request: LossRequest) -> Tensor:
     return torch.stack(rows).view(len(request.seeds), len(request.offsets), -1)
 
 
+def gradient(request: GradientRequest) -> Tensor:
+    """float32 [B + F]: the losses at theta, and their mean's gradient with respect to the ranges."""
+    x, residual = request.batch.inputs["x"], request.batch.inputs["x"] @ request.theta - request.batch.inputs["y"]
+    whole = (residual[:, None] * x).mean(0)
+    return torch.cat([0.5 * residual**2, *(whole[offset : offset + length] for offset, length in request.ranges)])
+
+
+def respond(request: Request) -> Tensor:
+    """The answer to any request that least squares can answer."""
+    if isinstance(request, GradientRequest):
+        return gradient(request)
+    assert isinstance(request, LossRequest)
+    return losses(request)
+
+
 def mean_loss(theta: Tensor, clients: int = 4) -> float:
     """Over all examples of the first clients."""
     sets = [Rows(client, theta.numel()) for client in range(clients)]
@@ -93,7 +110,7 @@ def mean_loss(theta: Tensor, clients: int = 4) -> float:
     return float((0.5 * (x @ theta - y) ** 2).mean())
 
 
-def answer(worker: Worker, plan: bytes, evaluate: Callable[[LossRequest], Tensor] = losses) -> bytes:
+def answer(worker: Worker, plan: bytes, evaluate: Callable[[Any], Tensor] = respond) -> bytes:
     """What a worker answers to a plan."""
     message = decode(plan)
     assert isinstance(message, Plan)
@@ -106,12 +123,22 @@ def answer(worker: Worker, plan: bytes, evaluate: Callable[[LossRequest], Tensor
         return bytes(stop.value.to_bytes())
 
 
+def layout(size: int = SIZE) -> Layout:
+    """Of theta: all but four entries are the body's, these are the head's."""
+    return Layout((Segment("body", (size - 4,), 0, size - 4), Segment("head", (4,), size - 4, 4)))
+
+
+def make_replica(spec: RunSpec, load: Load | None = None) -> Replica:
+    """A replica at theta0; `load` makes it."""
+    return Replica(spec, load or (lambda: theta0(spec.size)), layout(spec.size))
+
+
 def make_worker(spec: RunSpec, client: int, load: Load | None = None) -> Worker:
     """A worker with a replica of its own; `load` makes its theta0."""
     made = load or (lambda: theta0(spec.size))
     digest = theta_digest(made()).hex()
     return Worker(
-        client, Replica(spec, made), Rows(client, spec.size), fingerprint=spec.fingerprint, mask=spec.mask,
+        client, make_replica(spec, made), Rows(client, spec.size), fingerprint=spec.fingerprint, mask=spec.mask,
         space_hash=spec.space_hash, theta0=digest,
     )  # fmt: skip
 
@@ -162,7 +189,7 @@ def start(path: Path, spec: RunSpec, clients: Iterable[int] | None = None) -> Fe
     file = path / "ledger.sqlite"
     artifacts = {spec.initial: initial_values(spec.size)} if spec.initial else None
     ledger = Ledger(file, write=True) if file.exists() else Ledger.create(file, spec, artifacts)
-    federation = Federation(Coordinator(ledger, Replica(spec, lambda: theta0(spec.size))), {})
+    federation = Federation(Coordinator(ledger, make_replica(spec)), {})
     for client in range(spec.clients) if clients is None else clients:
         federation.join(client)
     return federation

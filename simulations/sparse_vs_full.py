@@ -28,37 +28,25 @@ import fedzo  # noqa: F401  # isort: skip  (before torch: it sets what OpenMP re
 
 import argparse
 import json
-import math
-import multiprocessing
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from cells import Player, Result, curve, endpoints, open_run, percent, probe, train, tune
 
-from fedzo import engine
 from fedzo.config import Config, flatten, from_flat, load_config
-from fedzo.directions.base import Isotropic
-from fedzo.errors import FedzoError
-from fedzo.estimators import ESTIMATORS, Estimate, Query
-from fedzo.evaluation import losses_from_scores
 from fedzo.experiment import Experiment
-from fedzo.federation.coordinator import RoundSummary
-from fedzo.run_folder import RunFolder, strict_json, write_atomically
-from fedzo.runtime import keep_memory
+from fedzo.run_folder import write_atomically
 
 CLIENTS, BATCH = 2, 16
 FORWARDS_A_ROUND = 2 * CLIENTS
 TUNING_SEED = 1000
-FACTOR = 3.0
-SLOPES, CURVATURES, LEAST_RISE = 8, 2, 3e-3  # directions of a probe; the curvature hardly differs between them
 
-Result = dict[str, Any]
 Pair = tuple[str, str]
 
 
@@ -135,114 +123,18 @@ class Cell:
         }
         if self.kind != "run":
             changes["data.test"] = ""
-        flat = (
-            flatten(load_config(Path(subject.config))) | subject.changes | changes | METHODS[self.method] | dict(size)
-        )
-        return from_flat(flat, self.name).resolved()
+        flat = {**flatten(load_config(Path(subject.config))), **subject.changes, **changes, **METHODS[self.method]}
+        return from_flat(flat | dict(size), self.name).resolved()
 
 
-class Clock:
-    """An observer that notes when rounds end, in seconds of the process's own CPU time: neighbours do not count."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def round(self, summary: RoundSummary) -> None:
-        self.times.append(time.process_time())
-
-    def evaluation(self, rounds: int, split: str, metrics: dict[str, float]) -> None:
-        pass
-
-    def seconds_a_round(self) -> float:
-        """The median, so that rounds with an evaluation between them do not count."""
-        return float(np.median(np.diff(self.times))) if len(self.times) > 1 else math.nan
-
-
-def train(experiment: Experiment, folder: RunFolder) -> Result:
-    """Runs a cell's run."""
-    clock = Clock()
-    with engine.run(experiment, folder, [clock]) as ledger:
-        return {
-            "trainable": ledger.spec.size,
-            "rounds": ledger.spec.rounds,
-            "ledger_hash": ledger.head.hex(),
-            "cpu_seconds_a_round": clock.seconds_a_round(),
-            "validation": dict(sorted(ledger.evaluations("validation").items())),
-            "test": dict(sorted(ledger.evaluations("test").items())),
-        }
-
-
-def probe(experiment: Experiment) -> Result:
-    """The learning rate to start from: share of signal in g^2, over z'Hz, at theta0 and a round's number of examples.
-
-    The curvature is a second difference over +/- eps with the least eps = 1e-3, 4e-3, ... at which the loss rises by
-    `LEAST_RISE`: about the distance of one good step, and far above rounding.
-    """
-    theta, data, method = experiment.theta0(), experiment.client_data(0), experiment.config.method
-    batch = data.batch(np.arange(min(CLIENTS * BATCH, len(data))))
-    estimator, directions = ESTIMATORS[method.estimator](), Isotropic(method.directions)
-    loss = float(losses_from_scores(experiment.evaluator.scores(theta, batch), batch.labels.cpu()).double().mean())
-
-    def query(count: int, eps: float) -> Estimate:
-        steps = estimator.estimate(Query(theta, batch, tuple(range(count)), eps, 0, directions))
-        try:
-            request = next(steps)
-            while True:
-                request = steps.send(experiment.evaluator.answer(request))
-        except StopIteration as stop:
-            estimate: Estimate = stop.value
-            return estimate
-
-    projected = query(SLOPES, method.eps).projected
-    square = float((projected.mean(1) ** 2).mean())
-    fisher = float(projected.var(1, ddof=1).mean())
-    noise = fisher / len(batch)
-    signal = max(1 - noise / square, 0.1)
-    eps, rise = method.eps, 0.0
-    for rung in range(8):
-        eps = method.eps * 4.0**rung
-        rise = query(CURVATURES, eps).loss - loss
-        if rise > LEAST_RISE:
-            break
-    curvature = max(2 * rise / eps**2, fisher)
-    return {"learning_rate": signal / curvature, "gradient": math.sqrt(square), "signal": signal,
-            "curvature": curvature, "eps": eps}  # fmt: skip
-
-
-def work(cell: Cell, size: Mapping[str, Any], out: Path) -> None:
-    """A process of its own: does a cell and writes its result."""
-    keep_memory()
-    started = time.perf_counter()
-    try:
-        config = cell.config(size)
-        experiment = Experiment(config)
-        if cell.kind == "probe":
-            result = probe(experiment)
-        else:
-            path = out / "runs" / cell.name
-            folder = RunFolder.open(path) if (path / "config.toml").is_file() else RunFolder.create(path, config)
-            result = train(experiment, folder)
-    except FedzoError as error:
-        sys.exit(f"{cell.name}: {error}")
-    write_atomically(out / f"{cell.name}.json", strict_json(result | {"seconds": time.perf_counter() - started}))
-
-
-def player(out: Path, size: Mapping[str, Any], report: bool) -> Callable[[Cell], Result | None]:
-    """Gives a cell's result: from its file, else by doing it; None when it failed or, for a report, is not there."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedzo.engine", "transformers.models.auto.modeling_auto"])
-
-    def play(cell: Cell) -> Result | None:
-        path = out / f"{cell.name}.json"
-        if not path.exists() and not report:
-            process = context.Process(target=work, args=(cell, size, out))
-            process.start()
-            process.join()
-            if path.exists():
-                print(f"{cell.name}: {describe(json.loads(path.read_text()))}", flush=True)
-        return json.loads(path.read_text()) if path.exists() else None
-
-    return play
+def work(cell: Cell, size: Mapping[str, Any], out: Path) -> Result:
+    """Does a cell."""
+    experiment = Experiment(cell.config(size))
+    if cell.kind == "probe":
+        return probe(experiment, CLIENTS * BATCH)
+    result, ledger = train(experiment, open_run(out / "runs" / cell.name, experiment))
+    ledger.close()
+    return result
 
 
 def describe(result: Result) -> str:
@@ -253,52 +145,14 @@ def describe(result: Result) -> str:
             f"{result['seconds']:.0f} s")  # fmt: skip
 
 
-def endpoints(evaluations: Mapping[str, Any], name: str) -> tuple[float, float]:
-    """A metric at the first and the last evaluation; infinite where it was not finite."""
-    values = [math.inf if metrics[name] is None else metrics[name] for metrics in evaluations.values()]
-    return values[0], values[-1]
-
-
-def next_exponent(tried: Mapping[int, float]) -> int:
-    """Where to look next, in powers of the factor: the untried neighbour of the lowest loss, the smaller one first."""
-    best = min(tried, key=lambda k: tried[k], default=0)
-    return min({best + d for d in range(-len(tried), len(tried) + 1)} - set(tried), key=lambda k: (abs(k - best), k))
-
-
-def tune(play: Callable[[Cell], Result | None], pair: Pair, forwards: int, trials: int) -> float | None:
-    """The learning rate of a method on a model, None when a part of the search failed or is not there."""
-    start = play(Cell("probe", *pair, TUNING_SEED))
-    if start is None:
-        return None
-    losses: dict[int, float] = {}
-    for _ in range(trials):
-        exponent = next_exponent(losses)
-        trial = play(Cell("trial", *pair, TUNING_SEED, forwards, start["learning_rate"] * FACTOR**exponent))
-        if trial is None:
-            return None
-        losses[exponent] = endpoints(trial["validation"], "loss")[1]
-    best: int = min(losses, key=lambda k: losses[k])
-    return float(start["learning_rate"] * FACTOR**best)
-
-
-def curve(runs: Sequence[Result], split: str, name: str) -> list[tuple[int, float, float, float]]:
-    """(forwards, mean, least, largest) over the seeds at every evaluation."""
-    points = [int(rounds) for rounds in runs[0][split]]
-    values = [[run[split][str(rounds)][name] for run in runs] for rounds in points]
-    return [
-        (FORWARDS_A_ROUND * rounds, statistics.fmean(at), min(at), max(at))
-        for rounds, at in zip(points, values, strict=True)
-    ]
-
-
 def row(pair: Pair, rate: float, runs: Sequence[Result]) -> Result:
     """The figures of a method on a model."""
-    over_run = curve(runs, "validation", "accuracy")
+    over_run = curve(runs, "validation", "accuracy", FORWARDS_A_ROUND)
     figures: Result = {"model": pair[0], "method": pair[1], "trainable": runs[0]["trainable"], "learning_rate": rate,
                        "seeds": len(runs), "forwards": over_run[-1][0]}  # fmt: skip
     for split in ("validation", "test"):
         for name in ("accuracy", "loss"):
-            points = curve(runs, split, name)
+            points = curve(runs, split, name, FORWARDS_A_ROUND)
             figures[f"{split}_{name}_before"] = round(points[0][1], 4)
             for suffix, value in zip(("", "_min", "_max"), points[-1][1:], strict=True):
                 figures[f"{split}_{name}{suffix}"] = round(value, 4)
@@ -319,15 +173,11 @@ def table(rows: Iterable[Result]) -> str:
         cells = [r["model"], r["method"], f"{r['trainable']:,}", f"{r['learning_rate']:.2g}"]
         cells.append("{validation_loss:.4f} ({validation_loss_min:.4f} to {validation_loss_max:.4f})".format(**r))
         points = r["validation_curve"]
-        cells += [spread(*points[(len(points) - 1) * part // 4][1:]) for part in (1, 2, 4)]
+        cells += [percent(*points[(len(points) - 1) * part // 4][1:]) for part in (1, 2, 4)]
         cells += [f"{100 * r['test_accuracy_before']:.1f}%"]
-        cells += [spread(r["test_accuracy"], r["test_accuracy_min"], r["test_accuracy_max"])]
+        cells += [percent(r["test_accuracy"], r["test_accuracy_min"], r["test_accuracy_max"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def spread(mean: float, least: float, largest: float) -> str:
-    return f"{100 * mean:.1f}% ({100 * least:.1f} to {100 * largest:.1f})"
 
 
 def plot(rows: Sequence[Result], path: Path) -> None:
@@ -369,7 +219,15 @@ def main() -> None:
         args.forwards, args.trial_forwards, args.examples, args.validation = 32, 16, 200, 40
     args.out.mkdir(parents=True, exist_ok=True)
     size = {"data.limit": args.examples, "evaluation.limit": args.validation}
-    play = player(args.out, size, args.report)
+    play = Player(args.out, None if args.report else partial(work, size=size, out=args.out), describe=describe)
+
+    def tuned(pair: Pair) -> float | None:
+        forwards = args.trial_forwards or SUBJECTS[pair[0]].trial_forwards
+        return tune(
+            play, Cell("probe", *pair, TUNING_SEED),
+            lambda rate: Cell("trial", *pair, TUNING_SEED, forwards, rate), args.trials,
+        )  # fmt: skip
+
     encoders = {name for name, s in SUBJECTS.items() if load_config(Path(s.config)).model.kind == "encoder"}
     pairs = [
         (model, method)
@@ -379,9 +237,7 @@ def main() -> None:
     ]
     with ThreadPoolExecutor(args.jobs) as threads:
         # Both lists are short: a thread waits for one process at a time.
-        rates = dict(zip(pairs, threads.map(
-            lambda p: tune(play, p, args.trial_forwards or SUBJECTS[p[0]].trial_forwards, args.trials), pairs
-        ), strict=True))  # fmt: skip
+        rates = dict(zip(pairs, threads.map(tuned, pairs), strict=True))
         # By seed, so that a comparison that was stopped holds every method on the first ones.
         cells = [
             Cell("run", *pair, int(seed), args.forwards or SUBJECTS[pair[0]].forwards, rate)

@@ -1,31 +1,20 @@
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import cells
 import pytest
 import small_runs
+import sparse_vs_full as simulation
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def simulation() -> ModuleType:
-    path = ROOT / "simulations" / "sparse_vs_full.py"
-    spec = importlib.util.spec_from_file_location("sparse_vs_full", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_rates_are_looked_for_beside_the_best(simulation: ModuleType) -> None:
+def test_rates_are_looked_for_beside_the_best() -> None:
     def tried(losses: dict[int, float]) -> list[int]:
         found: dict[int, float] = {}
         while len(found) < 4:
-            exponent = simulation.next_exponent(found)
+            exponent = cells.next_exponent(found)
             found[exponent] = losses[exponent]
         return list(found)
 
@@ -34,7 +23,7 @@ def test_rates_are_looked_for_beside_the_best(simulation: ModuleType) -> None:
     assert tried({0: float("inf"), -1: 0.9, -2: 0.95, 1: 1.0, -3: 1.0}) == [0, -1, -2, -3]
 
 
-def test_test_split_and_head_are_kept_from_trials(simulation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_test_split_and_head_are_kept_from_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for kind, test in (("probe", ""), ("trial", ""), ("run", "dev.jsonl")):
         config = simulation.Cell(kind, "minilm-l6", "full", 0, 40).config({})
@@ -44,16 +33,17 @@ def test_test_split_and_head_are_kept_from_trials(simulation: ModuleType, monkey
 
 
 def test_a_comparison_and_its_report(
-    simulation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
     data = {"data.source": str(small_runs.make_data(tmp_path / "data", test=40)), "data.validation": "validation"}
     method, seed = "sensitive", simulation.TUNING_SEED
     pair = ("embedded", method)
 
-    def result(cell: object) -> dict[str, object]:
-        simulation.work(cell, data, tmp_path)
-        found: dict[str, object] = json.loads((tmp_path / f"{cell.name}.json").read_text())
+    def result(cell: simulation.Cell) -> cells.Result:
+        text = json.dumps(simulation.work(cell, data, tmp_path) | {"seconds": 0.0})
+        (tmp_path / f"{cell.name}.json").write_text(text)
+        found: cells.Result = json.loads(text)
         return found
 
     start = result(simulation.Cell("probe", *pair, seed))

@@ -505,6 +505,38 @@ def show_config() -> None:
     print(describe())
 
 
+@app.command("methods")
+def show_methods(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method; none: all, in a table.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The methods that method.name knows: what they are made of, cost, and are valid under."""
+    from dataclasses import asdict
+
+    from fedzo.method_facts import facts, row
+    from fedzo.methods import METHODS
+    from fedzo.run_folder import strict_json
+
+    found = [facts(chosen) for chosen in ([name] if name else METHODS)]
+    if as_json:
+        print(strict_json(asdict(found[0]) if name else [asdict(one) for one in found]))
+        return
+    if not name:
+        rows = [row(one) for one in found]
+        widths = {column: max(len(column), *(len(cells[column]) for cells in rows)) for column in rows[0]}
+        for cells in [{column: column for column in widths}, *rows]:
+            line = "  ".join(f"{cells[column]:{width}}" for column, width in widths.items())
+            console.print(line.rstrip(), markup=False)
+        return
+    (one,) = found
+    _print_figures(row(one) | {"title": one.title} | ({"paper": one.paper} if one.paper else {}), False)
+    for part in one.parts:
+        console.print(f"\n{part.kind} {part.name}: {part.source}\n  {part.formula}", markup=False)
+    console.print("\nneeds:")
+    for limit in one.limits:
+        console.print(f"  {limit.wanted}: {limit.because}", markup=False)
+
+
 def _open(run: Path) -> tuple[Any, Any]:
     from fedzo.federation.ledger import Ledger
     from fedzo.run_folder import RunFolder

@@ -14,7 +14,7 @@ from fedzo.directions import FAMILIES
 from fedzo.errors import ConfigError
 from fedzo.estimators import ESTIMATORS, Estimator
 from fedzo.federation.aggregation import AGGREGATORS, NEEDS_SHARED_SEEDS
-from fedzo.federation.spec import SeedSchedule
+from fedzo.federation.spec import POOLS, SeedSchedule
 from fedzo.limits import Value
 from fedzo.methods import difference, with_method
 from fedzo.optimizers import OPTIMIZERS, SCHEDULES, Hybrid, Rule
@@ -197,7 +197,7 @@ class FederationSection(Section):
     client_rate: float = Field(
         default=0.0, ge=0, le=1, description="when above 0, each client is asked with this probability"
     )
-    seeds: SeedSchedule = Field(default="shared", description="shared, independent or pool")
+    seeds: SeedSchedule = Field(default="shared", description="shared, independent, pool or weighted-pool")
     pool_size: int = Field(default=4096, ge=2, description="seeds of the pool")
     aggregation: str = Field(default="mean", description="mean (by examples), uniform, median or trimmed-mean")
     trim: float = Field(default=0.1, ge=0, lt=0.5, description="part cut at each end by trimmed-mean")
@@ -284,26 +284,39 @@ class Config(Section):
             raise ValueError(f"federation.clients_per_round is {asked}, but data.clients is {self.data.clients}")
         if federation.quorum > asked:
             raise ValueError(f"federation.quorum is {federation.quorum}, but only {asked} clients are asked a round")
-        if federation.seeds == "pool" and method.queries > federation.pool_size:
+        if federation.seeds in POOLS:
+            self._sum_over_a_pool()
+        if self.space.theta_dtype == "bfloat16" and self.space.kind != "full":
             raise ValueError(
-                f"method.queries is {method.queries}, more than federation.pool_size {federation.pool_size}"
+                f'space.theta_dtype = "bfloat16" needs space.kind = "full", found "{self.space.kind}": a mask or '
+                "an adapter is small, keep it in float32"
             )
-        if self.space.theta_dtype == "bfloat16":
-            if self.space.kind != "full":
-                raise ValueError(
-                    f'space.theta_dtype = "bfloat16" needs space.kind = "full", found "{self.space.kind}": a mask or '
-                    "an adapter is small, keep it in float32"
-                )
-            if federation.seeds == "pool":
-                raise ValueError(
-                    'space.theta_dtype = "bfloat16" rounds theta at every step, federation.seeds = "pool" rebuilds it '
-                    'in one: set federation.seeds = "shared" or "independent"'
-                )
         if self.space.kind in ("scales", "codes"):
             self._one_quantisation()
         if method.warmup_steps >= federation.rounds * federation.local_steps:
             raise ValueError(f"method.warmup_steps is {method.warmup_steps}, not below the run's number of steps")
         return self
+
+    def _sum_over_a_pool(self) -> None:
+        """theta is rebuilt from one coefficient a seed; whether the update rule allows that, its limits say."""
+        method, federation = self.method, self.federation
+        if method.queries > federation.pool_size:
+            raise ValueError(
+                f"method.queries is {method.queries}, more than federation.pool_size {federation.pool_size}"
+            )
+        for found, what in (
+            (self.space.theta_dtype == "bfloat16", 'space.theta_dtype = "bfloat16" rounds theta at every step'),
+            (method.weight_decay > 0, f"method.weight_decay = {method.weight_decay} shrinks theta at every step"),
+            (
+                not STRUCTURES[method.structure].steady,
+                f'method.structure = "{method.structure}" has other directions at every step',
+            ),
+        ):
+            if found:
+                raise ValueError(
+                    f'{what}, but federation.seeds = "{federation.seeds}" keeps one coefficient a seed for the whole '
+                    'run: set federation.seeds = "shared" or "independent"'
+                )
 
     def _one_quantisation(self) -> None:
         """Spaces of what a quantised base is stored as: one base for all."""

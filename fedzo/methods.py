@@ -40,10 +40,18 @@ class Method:
 METHODS: dict[str, Method] = {
     "zo-sgd": Method("gradient descent along random directions (MeZO)"),
     "forward-gradient": Method("exact directional derivatives by forward-mode differentiation", "forward-gradient"),
+    "one-point": Method("forward differences with one loss at theta for all queries", "one-point"),
+    "p-rge": Method("zo-sgd with all queries and both signs in one forward pass", "p-rge"),
+    "fzoo": Method("forward differences over the spread of their losses: steps of normalised length", "fzoo"),
     "fedkseed": Method(
         "a fixed pool of seeds: theta is a sum over it, and no history needs to be kept",
         fixed={"federation.seeds": "pool"},
         paper="FedKSeed, arXiv 2312.06353",
+    ),
+    "fedkseed-pro": Method(
+        "a fixed pool whose seeds are drawn by the magnitude of their scalars so far",
+        fixed={"federation.seeds": "weighted-pool"},
+        paper="FedKSeed-Pro, arXiv 2312.06353, section 4.3",
     ),
     "qzo": Method("two-point steps on the scales of a quantised base", optimizer="qzo"),
     "quzo": Method("whole steps on the int8 codes of a quantised base", optimizer="quzo"),

@@ -45,7 +45,7 @@ def test_describe_is_the_default_configuration_as_toml(tmp_path: Path) -> None:
         ({"method.directions": "rademacher2"}, r"Did you mean 'rademacher'\?"),
         ({"method.estimator": "two point"}, r"Did you mean 'two-point'\?"),
         ({"federation.aggregation": "medan"}, r"Did you mean 'median'\?"),
-        ({"federation.seeds": "own"}, "federation.seeds: .*'shared', 'independent' or 'pool'"),
+        ({"federation.seeds": "own"}, "federation.seeds: .*'shared', 'independent', 'pool' or 'weighted-pool'"),
         ({"federation.trim": 0.5}, "federation.trim"),
         ({"federation.client_rate": 1.1}, "federation.client_rate"),
         ({"model.kind": "decoder"}, "model.kind: .*'causal', 'masked' or 'encoder'"),

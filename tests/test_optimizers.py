@@ -156,7 +156,7 @@ def test_rounded_snapshot_has_two_bytes_a_value() -> None:
 
 def test_a_pool_refuses_a_rounded_theta() -> None:
     rule = PoolSGD(sgd_of(Schedule("linear", 0.05, 100), 3, "rademacher"), POOL)
-    with pytest.raises(ConfigError, match='seed schedule "pool" needs float32'):
+    with pytest.raises(ConfigError, match="a pool of seeds needs float32"):
         rule.init(rounded0())
 
 

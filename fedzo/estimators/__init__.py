@@ -2,8 +2,17 @@
 
 from fedzo.estimators.base import Estimate, Estimator, Query
 from fedzo.estimators.forward_gradient import ForwardGradient
+from fedzo.estimators.fzoo import FZOO
+from fedzo.estimators.one_point import OnePoint
+from fedzo.estimators.p_rge import PRGE
 from fedzo.estimators.two_point import TwoPoint
 
-ESTIMATORS: dict[str, type[Estimator]] = {"two-point": TwoPoint, "forward-gradient": ForwardGradient}
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "two-point": TwoPoint,
+    "one-point": OnePoint,
+    "p-rge": PRGE,
+    "fzoo": FZOO,
+    "forward-gradient": ForwardGradient,
+}
 
-__all__ = ["ESTIMATORS", "Estimate", "Estimator", "ForwardGradient", "Query", "TwoPoint"]
+__all__ = ["ESTIMATORS", "FZOO", "PRGE", "Estimate", "Estimator", "ForwardGradient", "OnePoint", "Query", "TwoPoint"]

@@ -16,13 +16,14 @@ class TwoPoint(Estimator):
     """g = (loss(theta + eps z) - loss(theta - eps z)) / (2 eps), for each example and direction."""
 
     source: ClassVar[str] = "MeZO, arXiv 2305.17333, definition 1; Spall 1992"
+    together: ClassVar[bool] = False
 
     def forwards(self, queries: int) -> float:
         return 2 * queries
 
     def estimate(self, query: Query) -> Generator[Request, Tensor, Estimate]:
         eps = query.eps
-        losses = yield LossRequest(query.theta, query.batch, (eps, -eps), query.seeds, query.directions)
+        losses = yield LossRequest(query.theta, query.batch, (eps, -eps), query.seeds, query.directions, self.together)
         plus, minus = losses.numpy().astype(np.float64).transpose(1, 0, 2)
         with np.errstate(invalid="ignore"):  # infinite losses: the worker refuses what is not finite
             projected = (plus - minus) / (2.0 * eps)

@@ -49,6 +49,9 @@ _MARGIN = 0.97
 class LossRequest:
     """Losses wanted at the points theta + a z, for each direction z and each a in ``offsets``.
 
+    The answer is float32 [len(seeds), len(offsets), B] on the CPU; with ``origin`` it is flat in its points,
+    [1 + len(seeds) len(offsets), B], the losses at theta in front.
+
     Attributes:
         theta: [space.size] float32 (or bfloat16, for a full space), on the model's device.
         batch: what to evaluate.
@@ -56,6 +59,7 @@ class LossRequest:
         seeds: 64-bit seeds of the directions.
         directions: seed -> z.
         together: put all points into one forward, whatever its size (where the model can be paired at all).
+        origin: theta itself too, once for all directions.
     """
 
     theta: Tensor
@@ -64,6 +68,7 @@ class LossRequest:
     seeds: tuple[int, ...] = (0,)
     directions: Directions = field(default_factory=Isotropic)
     together: bool = False
+    origin: bool = False
 
 
 Request = LossRequest | DerivativeRequest | GradientRequest
@@ -85,7 +90,8 @@ class Evaluator:
 
     Args:
         evaluation: "paired" puts the points of a query, and several queries of a small batch, into one forward;
-            "sequential" evaluates one point at a time; "auto" takes what a measurement on the first batch finds faster.
+            "sequential" evaluates one point at a time; "auto" takes what a measurement on the first batch finds faster,
+            or "paired" where the first request wants its points together and the model can be paired.
             Both give the same losses, bit for bit, where a row's result does not depend on the batch's size; pairing
             checks itself on the first batch against one point at a time.
         compute_dtype: in which the layers of a bfloat16 theta compute; other layers compute in their weights' dtype.
@@ -134,13 +140,14 @@ class Evaluator:
         return Differentiator(self.model, self.space, self._slots, self._state.stored)
 
     def losses(self, request: LossRequest) -> Tensor:
-        """[len(seeds), len(offsets), B] float32 on CPU: the loss of every example at every point.
+        """The loss of every example at every point, in the shape that `LossRequest` states.
 
         Raises:
             SpaceError: theta does not fit the space, or, for "paired", a layer cannot be paired.
         """
         batch = request.batch.to(self.device)
-        points = [_Point(seed, a) for seed in request.seeds for a in request.offsets]
+        points = [_Point(0, 0.0)] if request.origin else []
+        points += [_Point(seed, a) for seed in request.seeds for a in request.offsets]
         if not self._checked:
             self._choose(request, points[: max(2, len(request.offsets))], batch)
         step = self._together(len(request.offsets), batch)
@@ -151,7 +158,7 @@ class Evaluator:
             for i in range(0, len(points), step)
         ]
         losses = torch.stack([losses_from_scores(s, batch.labels) for s in torch.cat(scores)])
-        return losses.view(len(request.seeds), len(request.offsets), -1).cpu()
+        return (losses if request.origin else losses.view(len(request.seeds), len(request.offsets), -1)).cpu()
 
     def scores(self, theta: Tensor, batch: Batch) -> Tensor:
         """[B, C] float32 on CPU: the candidate scores at theta."""
@@ -174,14 +181,14 @@ class Evaluator:
                 yield self.model
 
     def _together(self, offsets: int, batch: Batch) -> int:
-        """Points of one forward: one, or those of as many queries as `TOGETHER` and memory allow."""
+        """Points of one forward: one, or those of as many queries as `TOGETHER` and memory allow, two at least."""
         if self.evaluation == "sequential" or self._resident:
             return 1
         some = batch.inputs.get("input_ids", batch.labels)
         queries = TOGETHER.get(self.device.type, TOGETHER["cuda"]) // max(1, offsets * some.numel())
         if self._state.at_once:
             queries = min(queries, _VECTORS // (offsets * self.space.size))
-        return offsets * max(1, queries)
+        return max(2, offsets * max(1, queries))
 
     def _choose(self, request: LossRequest, points: list[_Point], batch: Batch) -> None:
         """Decides between paired and sequential on the first batch, and checks that pairing is right there."""
@@ -210,8 +217,8 @@ class Evaluator:
         if reason:
             self.evaluation = "sequential"
         elif self.evaluation == "auto":
-            faster = _seconds(paired, self.device) < _MARGIN * _seconds(one_by_one, self.device)
-            self.evaluation = "paired" if faster else "sequential"
+            wanted = request.together or (_seconds(paired, self.device) < _MARGIN * _seconds(one_by_one, self.device))
+            self.evaluation = "paired" if wanted else "sequential"
 
     def _difference(
         self,

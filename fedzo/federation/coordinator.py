@@ -103,8 +103,8 @@ class Coordinator:
         self.ledger, self.replica, self.spec = ledger, replica, ledger.spec
         self._aggregate = lookup(AGGREGATORS, self.spec.aggregation, "aggregation")
         self._pool = pool_seeds(self.spec.seed, self.spec.pool_size) if self.spec.seeds in POOLS else None
-        weighted = self._pool is not None and self.spec.seeds == "weighted-pool"
-        self._amplitudes = Amplitudes(self._pool) if weighted else None
+        weighted = self._pool if self.spec.seeds == "weighted-pool" else None
+        self._amplitudes = None if weighted is None else Amplitudes(weighted)
         self._entries = sum(length for _, length in replica.rule.ranges)  # F, of a gradient
         self.members: dict[int, Member] = {}
         self._open: _Open | None = None

@@ -37,6 +37,24 @@ def choose(seed: int, total: int, count: int) -> npt.NDArray[np.int64]:
     return np.sort(shuffled(seed, total)[:count])
 
 
+def choose_weighted(seed: int, weights: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
+    """`count` different indices, sorted: drawn one after the other, each by its weight among those not drawn yet.
+
+    Draws with replacement whose repetitions are skipped, each a search for 53 random bits among the cumulative weights.
+
+    Args:
+        weights: float64 [N], positive; at least `count`.
+    """
+    edges, tried = np.cumsum(weights), 2 * count
+    while True:
+        uniform = (words64(seed, tried) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        drawn = np.searchsorted(edges, uniform * edges[-1], side="right")
+        _, first = np.unique(drawn, return_index=True)
+        if first.size >= count:
+            return np.sort(drawn[np.sort(first)[:count]])
+        tried *= 2
+
+
 def bernoulli(seed: int, total: int, rate: float) -> npt.NDArray[np.int64]:
     """Each index below `total` with probability `rate`, independently (Poisson sampling); sorted."""
     hit = philox.words(seed, total).astype(np.float64) < rate * 2.0**32
@@ -52,12 +70,18 @@ def pool_seeds(seed: int, size: int) -> Seeds:
 
 
 def round_seeds(
-    seed: int, schedule: str, round_: int, client: int, shape: tuple[int, int], pool: Seeds | None
+    seed: int,
+    schedule: str,
+    round_: int,
+    client: int,
+    shape: tuple[int, int],
+    pool: Seeds | None = None,
+    weights: npt.NDArray[np.float64] | None = None,
 ) -> Seeds:
     """The direction seeds uint64 [K, P] that a client tries in a round.
 
     `shared`: the same for every client; `independent`: the client's own; `pool`: the client's own draw from the pool,
-    without repetition within a step.
+    without repetition within a step; `weighted-pool`: as `pool`, by the weights of its seeds.
     """
     steps, queries = shape
     if schedule == "shared":
@@ -65,5 +89,8 @@ def round_seeds(
     if schedule == "independent":
         return words64(derive(seed, "directions", round_, client), steps * queries).reshape(shape)
     assert pool is not None
-    drawn = [choose(derive(seed, "directions", round_, client, k), pool.size, queries) for k in range(steps)]
-    return pool[np.stack(drawn)]
+    places = [derive(seed, "directions", round_, client, k) for k in range(steps)]
+    if schedule == "pool":
+        return pool[np.stack([choose(place, pool.size, queries) for place in places])]
+    assert weights is not None
+    return pool[np.stack([choose_weighted(place, weights, queries) for place in places])]

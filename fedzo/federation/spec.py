@@ -10,15 +10,17 @@ from typing import Any, Literal
 from fedzo.errors import ConfigError, LedgerError
 from fedzo.estimators import ESTIMATORS, Estimator
 from fedzo.federation.randomness import derive, pool_seeds
-from fedzo.limits import Value
-from fedzo.optimizers import OPTIMIZERS, SGD, PoolSGD, Rule, Schedule, Setup
+from fedzo.limits import NO_POOL, Value
+from fedzo.optimizers import OPTIMIZERS, SGD, Hybrid, PoolSGD, Rule, Schedule, Setup
 from fedzo.registry import lookup
 from fedzo.structures import STRUCTURES, Frame, Layout, Structure
 
 PROTOCOL = 3
 
-SeedSchedule = Literal["shared", "independent", "pool"]
-SEED_SCHEDULES: tuple[SeedSchedule, ...] = ("shared", "independent", "pool")
+SeedSchedule = Literal["shared", "independent", "pool", "weighted-pool"]
+SEED_SCHEDULES: tuple[SeedSchedule, ...] = ("shared", "independent", "pool", "weighted-pool")
+# Those whose seeds come from a fixed pool, so that theta is a sum over it.
+POOLS: tuple[SeedSchedule, ...] = ("pool", "weighted-pool")
 
 
 @dataclass(frozen=True)
@@ -136,18 +138,23 @@ class RunSpec:
         """The update rule over a theta of this layout.
 
         Raises:
-            ConfigError: the seed schedule "pool" with an update rule that is no sum over seeds.
+            ConfigError: a seed schedule of `POOLS` with an update rule that is no sum over seeds.
+            SpaceError: the layout has no such part as first-order steps are to move.
         """
         schedule = Schedule(self.schedule, self.learning_rate, self.rounds * self.local_steps, self.warmup_steps)
         structure, rounding = self.build_structure(layout), derive(self.seed, "rounding")
         setup = Setup(schedule, self.queries, structure, rounding, self.local_steps, self.settings)
-        rule = lookup(OPTIMIZERS, self.optimizer, "optimizer")(setup)
-        if self.seeds != "pool":
+        made = lookup(OPTIMIZERS, self.optimizer, "optimizer")
+        if self.settings.get("first_order"):
+            name = str(self.settings["first_order_optimizer"])
+            return Hybrid.of(made, lookup(OPTIMIZERS, name, "first_order_optimizer"), setup)
+        rule = made(setup)
+        if self.seeds not in POOLS:
             return rule
-        if type(rule) is not SGD:
+        if not isinstance(rule, SGD) or NO_POOL in rule.limits:
             raise ConfigError(
-                f'federation.seeds = "pool" needs method.optimizer = "sgd", found "{self.optimizer}": a pool\'s '
-                "theta is a sum over its seeds"
+                f'federation.seeds = "{self.seeds}" needs method.optimizer = "sgd", found "{self.optimizer}": theta is '
+                "a sum over the pool's seeds"
             )
         return PoolSGD(rule, pool_seeds(self.seed, self.pool_size))
 

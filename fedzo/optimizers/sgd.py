@@ -85,7 +85,7 @@ class PoolSGD(Rule):
         self.sgd, self.pool = sgd, pool
         if not sgd.setup.structure.steady or sgd.setup.decay:
             raise ConfigError(
-                'federation.seeds = "pool" sums over a fixed set of directions: set method.structure = "isotropic" and '
+                'a pool of seeds sums over a fixed set of directions: set method.structure = "isotropic" and '
                 "method.weight_decay = 0"
             )
 
@@ -101,7 +101,7 @@ class PoolSGD(Rule):
         """
         if theta0.dtype != torch.float32:
             raise ConfigError(
-                f'theta is {theta0.dtype}, but the seed schedule "pool" needs float32: it rebuilds theta from theta0 '
+                f"theta is {theta0.dtype}, but a pool of seeds needs float32: it rebuilds theta from theta0 "
                 "and all coefficients in one go, where bfloat16 is rounded at every step; choose shared or independent"
             )
         return {"theta0": theta0.clone(), "coefficients": torch.zeros(self.pool.size, dtype=torch.float64)}

@@ -329,9 +329,13 @@ class Experiment:
         return {artifact_name(data): data for data in kept}
 
     def spec(self) -> RunSpec:
-        """The header of this experiment's ledger."""
+        """The header of this experiment's ledger.
+
+        Raises:
+            SpaceError: the method names a part of theta that the space does not have.
+        """
         config, method, federation = self.config, self.config.method, self.config.federation
-        return RunSpec(
+        spec = RunSpec(
             protocol=PROTOCOL,
             fingerprint=self.loaded.fingerprint,
             parameters=sum(math.prod(shape_of(p)) for p in self.loaded.model.parameters()),
@@ -369,6 +373,8 @@ class Experiment:
             structure=method.structure,
             settings=config.settings(),
         )
+        spec.build_rule(Layout.of(self.space))  # refuses what does not fit the space
+        return spec
 
     def replica(self, spec: RunSpec) -> Replica:
         """A replica at theta0. Of a bfloat16 theta one can be used at a time: a new one takes the weights over."""

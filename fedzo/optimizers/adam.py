@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedzo.optimizers.base import Rule, State, rounded
+from fedzo.optimizers.base import Rule, State, rounded, square_root
 
 
 class Adam(Rule):
@@ -36,7 +36,7 @@ class Adam(Rule):
         first, second = state["first"], state["second"]
         first.mul_(rounded(b1)).add_(gradient)
         second.mul_(rounded(b2)).add_(gradient.mul_(gradient))
-        torch.sqrt(second, out=gradient).add_(rounded(float(self.setup.values["adam_eps"]) * root))
+        square_root(gradient.copy_(second)).add_(rounded(float(self.setup.values["adam_eps"]) * root))
         torch.div(first, gradient, out=gradient)
         theta.sub_(gradient.mul_(rounded(rate * root * (1.0 - b1) / (1.0 - power1))))
         return state

@@ -106,8 +106,8 @@ class Rule:
     """Turns records into theta. State is part of theta's function: same records, same state, bit for bit.
 
     A rule of elementwise arithmetic defines `move` alone: IEEE additions, multiplications, divisions and square roots
-    in float32, one torch operation each (no addcmul, lerp or alpha=, which may fuse two roundings into one); what is
-    not elementwise is computed in float64 by a fixed sequential algorithm and rounded once.
+    (`square_root`) in float32, one operation each (no addcmul, lerp or alpha=, which may fuse two roundings into one);
+    what is not elementwise is computed in float64 by a fixed sequential algorithm and rounded once.
 
     Attributes:
         source: paper and equation.
@@ -264,3 +264,15 @@ def _tensor(data: bytes, dtype: torch.dtype) -> Tensor:
 def rounded(value: float) -> float:
     """The float32 nearest to a float64."""
     return float(np.float32(value))
+
+
+def square_root(values: Tensor) -> Tensor:
+    """The square roots of float32 values, rounded as IEEE wants it, in place; returns them.
+
+    On a CPU they are numpy's: torch.sqrt calls MKL there, whose last bit differs between processors.
+    """
+    if values.is_cuda:
+        return values.sqrt_()
+    array = values.numpy()
+    np.sqrt(array, out=array)
+    return values

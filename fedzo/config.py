@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from fedzo.directions import FAMILIES
@@ -160,7 +162,9 @@ class MethodSection(Section):
     queries: int = Field(default=2, ge=1, le=65535, description="P, directions of a step")
     clip: float = Field(default=0.0, ge=0, description="a client's scalars are cut to this magnitude (QZO); 0: never")
     batch_size: int = Field(default=8, ge=1, description="examples of a step on one client")
-    learning_rate: float = Field(default=1e-3, gt=0, description="peak step size")
+    learning_rate: float | Literal["auto"] = Field(
+        default=1e-3, description='peak step size; "auto": picked by a probe before the first round'
+    )
     schedule: str = Field(default="linear", description="constant, linear or cosine")
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise from 0")
     weight_decay: float = Field(default=0.0, ge=0, description="shrinks theta by learning rate x this, each step")
@@ -186,6 +190,14 @@ class MethodSection(Section):
     )
     first_order_optimizer: str = Field(default="sgd", description="gradient -> those parameters")
     first_order_rate: float = Field(default=1e-3, gt=0, description="their peak step size")
+
+    @field_validator("learning_rate", mode="before")
+    @classmethod
+    def _rate(cls, value: object) -> object:
+        with suppress(ValueError):
+            if value == "auto" or (isinstance(value, int | float | str) and 0 < float(value) < math.inf):
+                return value
+        raise ValueError('wanted a number above 0, or "auto"')
 
 
 class FederationSection(Section):

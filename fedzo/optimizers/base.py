@@ -271,7 +271,7 @@ def square_root(values: Tensor) -> Tensor:
 
     On a CPU they are numpy's: torch.sqrt calls MKL there, whose last bit differs between processors.
     """
-    if values.is_cuda:
+    if values.device.type != "cpu":
         return values.sqrt_()
     array = values.numpy()
     np.sqrt(array, out=array)

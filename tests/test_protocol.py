@@ -37,7 +37,7 @@ from fedzo.structures import Layout
 
 COMBINATIONS = [
     *(("shared", name) for name in ("mean", "uniform", "median", "trimmed-mean")),
-    *((seeds, name) for seeds in ("independent", "pool") for name in ("mean", "uniform")),
+    *((seeds, name) for seeds in ("independent", "pool", "weighted-pool") for name in ("mean", "uniform")),
 ]
 
 
@@ -100,7 +100,7 @@ def test_the_order_of_answers_does_not_matter(tmp_path: Path) -> None:
     assert heads[0] == heads[1]
 
 
-@pytest.mark.parametrize("seeds", ["shared", "independent", "pool"])
+@pytest.mark.parametrize("seeds", ["shared", "independent", "pool", "weighted-pool"])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, seeds: str) -> None:
     spec = make_spec(seeds=seeds, clients_per_round=3, local_steps=2)
     head = start(tmp_path / "whole", spec).finish()
@@ -146,7 +146,7 @@ def test_a_round_is_committed_before_it_is_told(tmp_path: Path) -> None:
     assert summary.bytes_down == sum(len(plans[0].to_bytes()) for plans in run.plans.values())
 
 
-@pytest.mark.parametrize("seeds", ["shared", "independent", "pool"])
+@pytest.mark.parametrize("seeds", ["shared", "independent", "pool", "weighted-pool"])
 @pytest.mark.parametrize("aggregation", ["mean", "uniform"])
 def test_records_are_the_weighted_contributions(tmp_path: Path, seeds: str, aggregation: str) -> None:
     """A client of n examples weighs n in "mean", 1 in "uniform"; the sum of weights is 1."""
@@ -187,7 +187,12 @@ def test_a_full_disk_stops_the_run_and_resume_ends_it_alike(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("changes", "kind"),
-    [({"size": 2000}, "records"), ({}, "snapshot"), ({"seeds": "pool", "pool_size": 8, "size": 2000}, "snapshot")],
+    [
+        ({"size": 2000}, "records"),
+        ({}, "snapshot"),
+        ({"seeds": "pool", "pool_size": 8, "size": 2000}, "snapshot"),
+        ({"seeds": "weighted-pool", "pool_size": 8, "size": 2000}, "snapshot"),
+    ],
 )
 @pytest.mark.parametrize("local_steps", [1, 4])
 def test_a_late_client_catches_up(tmp_path: Path, changes: dict[str, object], kind: str, local_steps: int) -> None:
@@ -234,7 +239,7 @@ def test_initial_values_go_to_a_client_whose_own_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("digest_every", [1, 100])
-@pytest.mark.parametrize("seeds", ["shared", "pool"])
+@pytest.mark.parametrize("seeds", ["shared", "pool", "weighted-pool"])
 def test_a_restarted_worker_says_that_it_is_behind(tmp_path: Path, seeds: str, digest_every: int) -> None:
     spec = with_initial(seeds=seeds, digest_every=digest_every, pool_size=3, size=2000, clients=2)
     run = start(tmp_path, spec, clients=[0])

@@ -5,7 +5,16 @@ import itertools
 import numpy as np
 import pytest
 
-from fedzo.federation.randomness import bernoulli, choose, derive, pool_seeds, round_seeds, words64
+from fedzo.federation.randomness import (
+    bernoulli,
+    choose,
+    choose_weighted,
+    derive,
+    pool_seeds,
+    round_seeds,
+    words64,
+)
+from fedzo.federation.spec import POOLS
 
 
 def test_places_have_streams_of_their_own() -> None:
@@ -47,6 +56,30 @@ def test_choose_at_its_ends() -> None:
     assert choose(0, 3, 0).tolist() == [] and choose(0, 0, 4).tolist() == []
 
 
+def test_weighted_choice_draws_by_what_is_left() -> None:
+    """The chance of a pair by the definition: the first by its weight of all, the second by its weight of the rest."""
+    weights = np.array([1.0, 2.0, 1.5, np.e])
+    total, draws, counts = weights.sum(), 8000, dict.fromkeys(itertools.combinations(range(4), 2), 0)
+    for seed in range(draws):
+        counts[tuple(choose_weighted(seed, weights, 2).tolist())] += 1
+    deviation = 0.0
+    for (i, j), count in counts.items():
+        a, b = weights[i] / total, weights[j] / total
+        expected = draws * a * b * (1.0 / (1.0 - a) + 1.0 / (1.0 - b))
+        deviation += (count - expected) ** 2 / expected
+    assert deviation < 20.5  # as above
+
+
+def test_weighted_choice_at_its_ends_and_its_values() -> None:
+    weights = np.linspace(1.0, np.e, 40)
+    assert choose_weighted(3, weights, 40).tolist() == list(range(40))  # many repetitions are skipped
+    assert choose_weighted(3, weights, 1).tolist() == choose_weighted(3, 8.0 * weights, 1).tolist()
+    words = words64(derive(0, "x"), 64) >> np.uint64(11)
+    fractions = [int(word) / 2**53 for word in words]
+    first = list(dict.fromkeys(int(10 * fraction) for fraction in fractions))[:6]
+    assert choose_weighted(derive(0, "x"), np.ones(10), 6).tolist() == sorted(first)
+
+
 def test_bernoulli_has_its_rate() -> None:
     hits = sum(bernoulli(seed, 50, 0.3).size for seed in range(400))
     assert abs(hits / 20000 - 0.3) < 0.01  # standard deviation 0.003
@@ -60,12 +93,12 @@ def test_pool_has_different_seeds() -> None:
     assert np.array_equal(pool[:10], pool_seeds(3, 10)) and not np.array_equal(pool, pool_seeds(4, 4096))
 
 
-@pytest.mark.parametrize("schedule", ["shared", "independent", "pool"])
+@pytest.mark.parametrize("schedule", ["shared", "independent", "pool", "weighted-pool"])
 def test_round_seeds(schedule: str) -> None:
-    pool = pool_seeds(1, 8) if schedule == "pool" else None
+    pool = pool_seeds(1, 8) if schedule in POOLS else None
 
     def seeds(round_: int, client: int) -> np.ndarray:
-        return round_seeds(1, schedule, round_, client, (3, 5), pool)
+        return round_seeds(1, schedule, round_, client, (3, 5), pool, np.linspace(1.0, 2.0, 8))
 
     assert seeds(0, 0).shape == (3, 5) and seeds(0, 0).dtype == np.uint64
     assert np.array_equal(seeds(2, 1), seeds(2, 1))

@@ -79,13 +79,17 @@ class Rows:
 
 
 def losses(request: LossRequest) -> Tensor:
-    """float32 [len(seeds), len(offsets), B] at theta + a z."""
-    rows = []
+    """float32 at theta + a z, in the shape that `LossRequest` states."""
+
+    def at(point: Tensor) -> Tensor:
+        return 0.5 * ((request.batch.inputs["x"] * point).sum(1) - request.batch.inputs["y"]) ** 2
+
+    rows = [at(request.theta)] if request.origin else []
     for seed in request.seeds:
         for a in request.offsets:
-            point = request.directions.axpy(request.theta, seed, a, out=torch.empty_like(request.theta))
-            rows.append(0.5 * ((request.batch.inputs["x"] * point).sum(1) - request.batch.inputs["y"]) ** 2)
-    return torch.stack(rows).view(len(request.seeds), len(request.offsets), -1)
+            rows.append(at(request.directions.axpy(request.theta, seed, a, out=torch.empty_like(request.theta))))
+    found = torch.stack(rows)
+    return found if request.origin else found.view(len(request.seeds), len(request.offsets), -1)
 
 
 def gradient(request: GradientRequest) -> Tensor:

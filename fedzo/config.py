@@ -172,9 +172,12 @@ class MethodSection(Section):
     nesterov: bool = Field(default=False, description="look ahead, for momentum")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, for adam and adamw")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment, for adam and adamw")
-    adam_eps: float = Field(default=1e-8, ge=1e-30, description="added to its square root, for adam and adamw")
+    adam_eps: float = Field(
+        default=1e-8, ge=1e-30, description="added to its square root, for adam and adamw; to squared steps, for hiso"
+    )
     smoothing: float = Field(default=1e-3, gt=0, lt=1, description="share of the newest curvature, for hizoo and hiso")
     anchor_every: int = Field(default=10, ge=1, description="steps between anchors, for svrg")
+    anchor_rate: float = Field(default=1.0, gt=0, description="factor on the learning rate at an anchor, for svrg")
     project_every: int = Field(default=50, ge=1, description="steps between projections of the drift, for dizo")
     project_steps: int = Field(default=10, ge=1, description="steps of a projection, for dizo")
     projection_rate: float = Field(default=2.0, gt=0, description="learning rate of a projection, for dizo")
@@ -338,11 +341,6 @@ class Config(Section):
             raise ValueError(
                 f'space.kind = "{kind}" trains the {kind} of a quantised base and needs model.quantisation = '
                 f'{" or ".join(map(json.dumps, wanted))}, found "{found}"'
-            )
-        if kind == "codes" and self.method.optimizer != "quzo":
-            raise ValueError(
-                'space.kind = "codes" holds whole numbers, which only method.optimizer = "quzo" keeps whole, found '
-                f'"{self.method.optimizer}"'
             )
         if set(others) - {found}:
             raise ValueError(

@@ -402,11 +402,15 @@ def model_card(finetuned: Finetuned, config: Config, ledger: Ledger, form: str, 
     }
     if config.space.kind not in _QUANTISED and (base_of_run := config.model.quantisation) != "none":
         rows["accuracy of"] = f"the run's {base_of_run} base; this export is on the unquantised one"
+    how = "with forward passes only: clients sent seeds and scalars"
+    if parts := shown.method.first_order:
+        rows["method"] += f"; {', '.join(f'`{p}`' for p in parts)} by {shown.method.first_order_optimizer} on gradients"
+        how = "with forward passes, and gradients of a part: clients sent seeds, scalars and these gradients"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         f"---\n{front}\n---\n\n# {base}, fine-tuned with fedzo\n\n"
-        "Fine-tuned with forward passes only: clients sent seeds and scalars, and replaying their ledger on the base "
-        f"model gives this model.\n\n| | |\n|---|---|\n{table}\n\n"
+        f"Fine-tuned {how}, and replaying their ledger on the base model gives this model.\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
         f"## Loading\n\n```python\n{_loading(finetuned, form)}```\n\n"
         f"## Configuration\n\n```toml\n{to_toml(shown).strip()}\n```\n"
     )

@@ -281,7 +281,7 @@ class Config(Section):
                 raise ConfigError(differs)
         except ConfigError as error:
             raise ValueError(str(error)) from None
-        for part, name in self._parts():
+        for part, name in self.parts():
             for limit in part.limits:
                 if fault := limit.fault(values):
                     raise ValueError(f'method.{name} = "{values[f"method.{name}"]}" {fault}')
@@ -348,7 +348,7 @@ class Config(Section):
                 f'{", ".join(others)} and model.quantisation is "{found}": leave model.client_quantisation empty'
             )
 
-    def _parts(self) -> list[tuple[type[Estimator] | type[Structure] | type[Rule], str]]:
+    def parts(self) -> list[tuple[type[Estimator] | type[Structure] | type[Rule], str]]:
         """What the method is made of, each with the key that names it."""
         method = self.method
         return [
@@ -361,7 +361,7 @@ class Config(Section):
 
     def settings(self) -> dict[str, Value]:
         """The keys of ``method`` that its parts read, by name."""
-        names, values = sorted({name for part, _ in self._parts() for name in part.settings}), flatten(self)
+        names, values = sorted({name for part, _ in self.parts() for name in part.settings}), flatten(self)
         return {name: values[f"method.{name}"] for name in names}
 
     def for_client(self, number: int) -> "Config":
@@ -372,6 +372,10 @@ class Config(Section):
     def on_base(self, quantisation: Quantisation) -> "Config":
         """With another quantisation of the base."""
         return self.model_copy(update={"model": self.model.model_copy(update={"quantisation": quantisation})})
+
+    def with_learning_rate(self, rate: float) -> "Config":
+        """With another learning rate."""
+        return self.model_copy(update={"method": self.method.model_copy(update={"learning_rate": rate})})
 
     def resolved(self) -> "Config":
         """With the local directories and files that exist as absolute paths, so that any process finds them."""

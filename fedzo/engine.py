@@ -139,8 +139,11 @@ def run_rounds(
 
 
 def start(folder: RunFolder, experiment: Experiment) -> Ledger:
-    """A new ledger for an experiment."""
-    return Ledger.create(folder.ledger, experiment.spec(), experiment.artifacts)
+    """A new ledger for an experiment. A learning rate "auto" becomes a number, in the folder's config.toml too."""
+    spec = experiment.spec()
+    if experiment.config.method.learning_rate == "auto":
+        folder.settle(experiment.config.with_learning_rate(spec.learning_rate), experiment.step_size)
+    return Ledger.create(folder.ledger, spec, experiment.artifacts)
 
 
 # What the hashes in a ledger's header stand for.

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedzo import spaces
 from fedzo.config import Config, Quantisation
 from fedzo.errors import ConfigError, DataError, SpaceError
+from fedzo.estimators import ESTIMATORS
 from fedzo.evaluation import Batch, Evaluator, losses_from_scores
 from fedzo.evaluation.generation import generate
 from fedzo.federation.artifact import artifact_name, pack_values
@@ -27,11 +28,13 @@ from fedzo.federation.replica import Replica, theta_digest
 from fedzo.federation.spec import PROTOCOL, RunSpec
 from fedzo.federation.worker import Worker
 from fedzo.models import EncoderClassifier, LoadedModel, add_adapter, add_head, load_model, prefix_activations
+from fedzo.optimizers import OPTIMIZERS
 from fedzo.quantisation import COMPUTE_DTYPES, quantise
 from fedzo.sensitivity import forward_mask, sensitive_mask, text_batches
 from fedzo.spaces import Mask, TrainableSpace
 from fedzo.spaces.space import shape_of
 from fedzo.spaces.sparse import DRAWN
+from fedzo.step_size import LEAST_EXAMPLES, MOST_EXAMPLES, Averages, StepSize, pick, probe
 from fedzo.structures import Layout
 from fedzo.tasks import EncodedDataset, Example, Reading, Splits, Task, build_task, load_splits, metrics, partition
 
@@ -119,11 +122,13 @@ def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[Loa
 
 
 def open_experiment(config: Config, ledger: Ledger) -> "Experiment":
-    """The experiment of a ledger: its mask is the one that the ledger keeps, and never made again.
+    """The experiment of a ledger: mask and learning rate are those that the ledger keeps, and never made again.
 
     Raises:
         LedgerError: the mask in the ledger is damaged.
     """
+    if config.method.learning_rate == "auto":
+        config = config.with_learning_rate(ledger.spec.learning_rate)
     if not ledger.spec.mask:
         return Experiment(config)
     return Experiment(config, Mask.from_bytes(ledger.artifact(ledger.spec.mask), f"the mask in {ledger.path}"))
@@ -328,13 +333,43 @@ class Experiment:
         kept += [self.mask.to_bytes()] if self.mask is not None else []
         return {artifact_name(data): data for data in kept}
 
-    def spec(self) -> RunSpec:
+    @cached_property
+    def step_size(self) -> StepSize:
+        """The learning rate that "auto" stands for: a probe of the validation data, which is the server's.
+
+        Raises:
+            RunError: as `step_size.probe`.
+        """
+        config, method, federation = self.config, self.config.method, self.config.federation
+        asked = federation.clients_per_round or max(1, round(len(self._parts) * (federation.client_rate or 1.0)))
+        together, apart = (asked, 1) if federation.seeds == "shared" else (1, asked)
+        step = Averages(method.queries * apart, method.batch_size * together, method.batch_size)
+        rule, theta, data = self.spec(1.0).build_rule(Layout.of(self.space)), self.theta0(), self.validation
+        state = rule.init(theta)
+        count = min(max(step.examples, LEAST_EXAMPLES), MOST_EXAMPLES)
+        chosen = choose(derive(config.seed, "probe"), len(data), count)
+        found = probe(
+            self.evaluator.answer, theta,
+            [data.batch(chosen[i : i + method.batch_size]) for i in range(0, len(chosen), method.batch_size)],
+            lambda step: rule.directions(step, theta, state),
+            eps=method.eps, count=step.directions, seed=config.seed,
+        )  # fmt: skip
+        return pick(found, step, ESTIMATORS[method.estimator], rule, OPTIMIZERS[method.optimizer].normalised)
+
+    def spec(self, learning_rate: float | None = None) -> RunSpec:
         """The header of this experiment's ledger.
+
+        Args:
+            learning_rate: None: the configuration's, or what a probe finds where that is "auto".
 
         Raises:
             SpaceError: the method names a part of theta that the space does not have.
+            RunError: as `step_size`.
         """
         config, method, federation = self.config, self.config.method, self.config.federation
+        if learning_rate is None:
+            rate = method.learning_rate
+            learning_rate = self.step_size.learning_rate if rate == "auto" else rate
         spec = RunSpec(
             protocol=PROTOCOL,
             fingerprint=self.loaded.fingerprint,
@@ -352,7 +387,7 @@ class Experiment:
             queries=method.queries,
             batch_size=method.batch_size,
             optimizer=method.optimizer,
-            learning_rate=method.learning_rate,
+            learning_rate=learning_rate,
             schedule=method.schedule,
             warmup_steps=method.warmup_steps,
             rounds=federation.rounds,

@@ -1,4 +1,4 @@
-"""The folder of a run: config.toml, ledger.sqlite, metrics.jsonl, TensorBoard events, plots.
+"""The folder of a run: config.toml, ledger.sqlite, metrics.jsonl, TensorBoard events, plots, step_size.json.
 
 The ledger is the truth; metrics.jsonl and the events are written along for other tools and made anew on resume.
 """
@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fedzo.config import Config, load_config, to_toml
 from fedzo.errors import RunError
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.ledger import Ledger
+from fedzo.step_size import StepSize
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def step_size(self) -> Path:
+        """Where a learning rate that was "auto" came from; no other run has it."""
+        return self.path / "step_size.json"
 
     @property
     def events(self) -> Path:
@@ -83,6 +89,12 @@ class RunFolder:
 
     def load_config(self) -> Config:
         return load_config(self.config)
+
+    def settle(self, config: Config, found: StepSize) -> None:
+        """Replaces the configuration by one with the learning rate that was found; keeps how in step_size.json."""
+        with _written(self.path):
+            write_atomically(self.step_size, strict_json(asdict(found)) + "\n")
+            write_atomically(self.config, to_toml(config))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -134,6 +134,11 @@ class Rule:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
 
+    @property
+    def gain(self) -> float:
+        """How far estimates that stay the same move theta a step in the long run, in multiples of what SGD does."""
+        return 1.0
+
     def init(self, theta0: Tensor) -> State:
         """The state before the first step, for theta0 [size]: tensors on theta0's device, all that is remembered."""
         return {}

@@ -128,6 +128,10 @@ class Hybrid(Rule):
         structure = IsotropicStructure(Frame(layout=Layout.flat(sum(length for _, length in ranges))))
         return Hybrid(zeroth(setup), first(replace(setup, schedule=schedule, structure=structure)), ranges)
 
+    @property
+    def gain(self) -> float:
+        return self.zeroth.gain
+
     def init(self, theta0: Tensor) -> State:
         return _joined(self.zeroth.init(theta0), self.first.init(self._part(theta0)))
 

@@ -19,6 +19,10 @@ class Momentum(Rule):
     state_vectors: ClassVar[int] = 1
     decoupled: ClassVar[bool] = False
 
+    @property
+    def gain(self) -> float:
+        return 1.0 / (1.0 - float(self.setup.values["momentum"]))
+
     def init(self, theta0: Tensor) -> State:
         """m = 0, so that the first step has m = g."""
         return {"momentum": torch.zeros_like(theta0)}

@@ -34,7 +34,7 @@ from fedzo.sensitivity import forward_mask, sensitive_mask, text_batches
 from fedzo.spaces import Mask, TrainableSpace
 from fedzo.spaces.space import shape_of
 from fedzo.spaces.sparse import DRAWN
-from fedzo.step_size import LEAST_EXAMPLES, MOST_EXAMPLES, Averages, StepSize, pick, probe
+from fedzo.step_size import LEAST_EXAMPLES, MOST_EXAMPLES, Averages, Probe, StepSize, pick, probe
 from fedzo.structures import Layout
 from fedzo.tasks import EncodedDataset, Example, Reading, Splits, Task, build_task, load_splits, metrics, partition
 
@@ -335,26 +335,40 @@ class Experiment:
 
     @cached_property
     def step_size(self) -> StepSize:
-        """The learning rate that "auto" stands for: a probe of the validation data, which is the server's.
+        """The learning rate that "auto" stands for.
 
         Raises:
             RunError: as `step_size.probe`.
         """
-        config, method, federation = self.config, self.config.method, self.config.federation
-        asked = federation.clients_per_round or max(1, round(len(self._parts) * (federation.client_rate or 1.0)))
-        together, apart = (asked, 1) if federation.seeds == "shared" else (1, asked)
-        step = Averages(method.queries * apart, method.batch_size * together, method.batch_size)
+        estimator, optimizer = ESTIMATORS[self.config.method.estimator], OPTIMIZERS[self.config.method.optimizer]
+        rule = self.spec(1.0).build_rule(Layout.of(self.space))
+        return pick(self.probe, self._averages, estimator, rule, optimizer.normalised)
+
+    @cached_property
+    def probe(self) -> Probe:
+        """The loss around theta0 along the run's first directions, of the validation data, which is the server's.
+
+        Raises:
+            RunError: as `step_size.probe`.
+        """
+        method, step = self.config.method, self._averages
         rule, theta, data = self.spec(1.0).build_rule(Layout.of(self.space)), self.theta0(), self.validation
         state = rule.init(theta)
         count = min(max(step.examples, LEAST_EXAMPLES), MOST_EXAMPLES)
-        chosen = choose(derive(config.seed, "probe"), len(data), count)
-        found = probe(
+        chosen = choose(derive(self.config.seed, "probe"), len(data), count)
+        return probe(
             self.evaluator.answer, theta,
             [data.batch(chosen[i : i + method.batch_size]) for i in range(0, len(chosen), method.batch_size)],
             lambda step: rule.directions(step, theta, state),
-            eps=method.eps, count=step.directions, seed=config.seed,
+            eps=method.eps, count=step.directions, seed=self.config.seed,
         )  # fmt: skip
-        return pick(found, step, ESTIMATORS[method.estimator], rule, OPTIMIZERS[method.optimizer].normalised)
+
+    @property
+    def _averages(self) -> Averages:
+        method, federation = self.config.method, self.config.federation
+        asked = federation.clients_per_round or max(1, round(len(self._parts) * (federation.client_rate or 1.0)))
+        together, apart = (asked, 1) if federation.seeds == "shared" else (1, asked)
+        return Averages(method.queries * apart, method.batch_size * together, method.batch_size)
 
     def spec(self, learning_rate: float | None = None) -> RunSpec:
         """The header of this experiment's ledger.

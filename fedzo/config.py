@@ -230,6 +230,9 @@ class EvaluationSection(Section):
     batch_size: int = Field(default=64, ge=1, description="examples of an evaluation's forward pass")
     limit: int = Field(default=0, ge=0, description="validation examples at most; 0: all")
     max_new_tokens: int = Field(default=50, ge=1, description="tokens of a generated answer at most")
+    divergence: float = Field(
+        default=2.0, ge=0, description="times its start (at least 1 nat) at which the loss stops the run; 0: never"
+    )
 
 
 class RuntimeSection(Section):

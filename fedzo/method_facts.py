@@ -5,17 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, get_args
 
-from fedzo.config import Config, SpaceSection, flatten
+from fedzo.config import Config, MethodSection, SpaceSection, flatten, from_flat
+from fedzo.errors import ConfigError
 from fedzo.estimators import ESTIMATORS, Estimator
-from fedzo.federation.spec import SEED_SCHEDULES
+from fedzo.federation.spec import POOLS, SEED_SCHEDULES
 from fedzo.limits import PRIVACY_MODES, Condition, Value
-from fedzo.methods import METHODS, Method
-from fedzo.optimizers import OPTIMIZERS, Rule
+from fedzo.methods import METHODS
+from fedzo.optimizers import Hybrid, PoolSGD, Rule
 from fedzo.registry import lookup
-from fedzo.structures import STRUCTURES, Structure
+from fedzo.structures import Structure
 
 SPACES: tuple[str, ...] = get_args(SpaceSection.model_fields["kind"].annotation)
-_PLAIN = METHODS["zo-sgd"]  # whose parts are those of a configuration that names none
+_PLAIN = METHODS["zo-sgd"].keys  # what a configuration that names none is made of
 T = TypeVar("T", bound=Value)
 
 
@@ -24,8 +25,8 @@ class Part:
     """One of the parts that make a method what it is.
 
     Attributes:
-        kind: "estimator", "structure" or "optimizer".
-        name: in the kind's registry.
+        kind: name of the key that chooses it: "estimator", "structure", "optimizer", ...
+        name: the key's value.
         source: paper and equation.
         formula: what it computes, the first paragraph of its documentation.
     """
@@ -43,10 +44,12 @@ class Facts:
     Attributes:
         name, title: as in `METHODS`.
         keys: of the configuration, that make it, but for those that are plain ZO-SGD's.
+        open: keys that it needs as well, and that are the user's to give.
         parts: that differ from plain ZO-SGD's; of that its estimator and rule.
         paper: where it comes from, if not from its parts' sources.
         forwards: forward passes a step with P queries, over the default settings, on average over a run.
         scalars: that a query sends.
+        arrays: a client sends the gradient of a part of theta as well.
         state: what its state takes in the memory of a theta.
         local_steps: the K that it is valid for: "any" or "1".
         seeds, spaces, private: seed schedules, kinds of space and privacy modes that it is valid under.
@@ -56,10 +59,12 @@ class Facts:
     name: str
     title: str
     keys: Mapping[str, Value]
+    open: tuple[str, ...]
     parts: tuple[Part, ...]
     paper: str
     forwards: str
     scalars: int
+    arrays: bool
     state: int
     local_steps: str
     seeds: tuple[str, ...]
@@ -75,51 +80,66 @@ def facts(name: str) -> Facts:
         ConfigError: the method is unknown; the message offers the nearest one.
     """
     method = lookup(METHODS, name, "method")
-    classes = _classes(method)
-    values = flatten(Config()) | method.keys
-    limits = tuple(dict.fromkeys(limit for part in classes.values() for limit in part.limits))
+    values: dict[str, Value] = flatten(Config()) | method.keys | dict.fromkeys(method.open, "*")
+    parts = _classes(values)
+    spaces = tuple(kind for kind in SPACES if _valid(name, _space(kind)))
 
     def allowed(key: str, candidates: Sequence[T]) -> tuple[T, ...]:
-        fixed = [value for value in candidates if method.keys.get(key, value) == value]
-        kept = [limit for limit in limits if limit.key == key]
-        return tuple(value for value in fixed if not any(limit.fault(values | {key: value}) for limit in kept))
+        kept = [value for value in candidates if method.keys.get(key, value) == value]
+        return tuple(value for value in kept if _valid(name, {**_space(spaces[0]), key: value}))
 
-    own = [kind for kind in classes if values[f"method.{kind}"] != _PLAIN.keys[f"method.{kind}"]]
-    parts = tuple(_part(kind, getattr(method, kind), classes[kind]) for kind in own or ["estimator", "optimizer"])
+    own = [kind for kind in parts if values[kind] != _PLAIN.get(kind)] or ["method.estimator", "method.optimizer"]
+    estimator = ESTIMATORS[method.estimator]
+    rules = [part for part in parts.values() if issubclass(part, Rule)]
     return Facts(
         name=name,
         title=method.title,
-        keys={key: value for key, value in method.keys.items() if value != _PLAIN.keys.get(key)},
-        parts=parts,
+        keys={key: value for key, value in method.keys.items() if value != _PLAIN.get(key)},
+        open=method.open,
+        parts=tuple(_part(kind, str(values[kind]), parts[kind]) for kind in own),
         paper=method.paper,
-        forwards=_forwards(method, values),
-        scalars=ESTIMATORS[method.estimator].scalars,
-        state=OPTIMIZERS[method.optimizer].state_vectors,
+        forwards=_forwards(estimator, values, sum(rule.forwards for rule in rules)),
+        scalars=estimator.scalars,
+        arrays=Hybrid in rules,
+        state=sum(rule.state_vectors for rule in rules),
         local_steps="any" if len(allowed("federation.local_steps", (1, 2))) == 2 else "1",
         seeds=allowed("federation.seeds", SEED_SCHEDULES),
-        spaces=allowed("space.kind", SPACES),
-        private=tuple(mode for mode in PRIVACY_MODES if all(mode in part.private for part in classes.values())),
-        limits=limits,
+        spaces=spaces,
+        private=tuple(mode for mode in PRIVACY_MODES if all(mode in part.private for part in parts.values())),
+        limits=tuple(dict.fromkeys(limit for part in parts.values() for limit in part.limits)),
     )
 
 
-def _classes(method: Method) -> dict[str, type[Estimator] | type[Structure] | type[Rule]]:
-    return {
-        "estimator": ESTIMATORS[method.estimator],
-        "structure": STRUCTURES[method.structure],
-        "optimizer": OPTIMIZERS[method.optimizer],
-    }
+def _space(kind: str) -> dict[str, Value]:
+    """The keys that choose a kind of space."""
+    quantisation = {"scales": "nf4", "codes": "int8"}.get(kind, "none")
+    return {"space.kind": kind, "model.quantisation": quantisation}
+
+
+def _valid(name: str, keys: Mapping[str, Value]) -> bool:
+    try:
+        from_flat({"method.name": name, **dict.fromkeys(METHODS[name].open, "*"), **keys})
+    except ConfigError:
+        return False
+    return True
+
+
+def _classes(values: Mapping[str, Value]) -> dict[str, type[Estimator] | type[Structure] | type[Rule]]:
+    """What a method is made of, by the key that names it."""
+    section = {key.removeprefix("method."): value for key, value in values.items() if key.startswith("method.")}
+    config = Config.model_construct(method=MethodSection.model_validate(section))
+    found = {f"method.{name}": part for part, name in config.parts()}
+    return found | ({"federation.seeds": PoolSGD} if values["federation.seeds"] in POOLS else {})
 
 
 def _part(kind: str, name: str, part: type[Estimator] | type[Structure] | type[Rule]) -> Part:
     paragraph = (inspect.getdoc(part) or "").split("\n\n")[0]
-    return Part(kind, name, part.source, " ".join(paragraph.split()))
+    return Part(kind.partition(".")[2], name, part.source, " ".join(paragraph.split()))
 
 
-def _forwards(method: Method, values: Mapping[str, Value]) -> str:
+def _forwards(kind: type[Estimator], values: Mapping[str, Value], beside: int) -> str:
     """As a formula in P."""
-    part, beside = ESTIMATORS[method.estimator], OPTIMIZERS[method.optimizer].forwards
-    estimator = part({name: values[f"method.{name}"] for name in part.settings})
+    estimator = kind({name: values[f"method.{name}"] for name in kind.settings})
     one, two, three = (estimator.forwards(queries) + beside for queries in (1, 2, 3))
     slope = two - one
     if abs(three - two - slope) > 1e-9:
@@ -141,9 +161,12 @@ def row(found: Facts) -> dict[str, str]:
     """A method's line of the table, by column."""
     return {
         "method": found.name,
-        "made of": ", ".join(f"{key.partition('.')[2]} {value}" for key, value in found.keys.items()),
+        "made of": ", ".join(
+            f"{key.partition('.')[2]} {value}"
+            for key, value in {**found.keys, **dict.fromkeys(found.open, "...")}.items()
+        ),
         "forwards": found.forwards,
-        "scalars": str(found.scalars),
+        "scalars": f"{found.scalars}{' + gradient' if found.arrays else ''}",
         "state": str(found.state),
         "K": found.local_steps,
         "seeds": named(found.seeds, SEED_SCHEDULES),

@@ -20,6 +20,7 @@ class Method:
         title: what it does, in one line.
         estimator, structure, optimizer: its parts, by their names in the registries.
         fixed: further keys of the configuration that are part of it, with their values.
+        open: keys that it needs and cannot give, because they name what is in a model.
         paper: where it comes from, if not from what its parts name as their source.
     """
 
@@ -28,21 +29,29 @@ class Method:
     structure: str = "isotropic"
     optimizer: str = "sgd"
     fixed: Mapping[str, Value] = field(default_factory=dict)
+    open: tuple[str, ...] = ()
     paper: str = ""
 
     @property
     def keys(self) -> dict[str, Value]:
         """The keys of the configuration that make the method, dotted, with their values."""
-        parts = {name: getattr(self, name) for name in ("estimator", "structure", "optimizer")}
-        return {f"method.{name}": value for name, value in parts.items()} | dict(self.fixed)
+        parts = {f"method.{name}": getattr(self, name) for name in ("estimator", "structure", "optimizer")}
+        rest = {} if "method.first_order" in self.open else {"method.first_order": ""}
+        return {**parts, **rest, **self.fixed}
 
 
 METHODS: dict[str, Method] = {
     "zo-sgd": Method("gradient descent along random directions (MeZO)"),
+    "zo-sgd-sign": Method("every entry moves equally far, by the sign of the estimate", optimizer="sign"),
+    "zo-sgd-momentum": Method("a decaying sum of past estimates", optimizer="momentum"),
+    "zo-adam": Method("estimates divided by the root mean square of past ones", optimizer="adam"),
+    "zo-adamw": Method("zo-adam with weight decay apart from the estimate", optimizer="adamw"),
+    "zo-sgd-cons": Method("a step that is only taken, or reversed, where the loss says so", optimizer="conservative"),
     "forward-gradient": Method("exact directional derivatives by forward-mode differentiation", "forward-gradient"),
     "one-point": Method("forward differences with one loss at theta for all queries", "one-point"),
     "p-rge": Method("zo-sgd with all queries and both signs in one forward pass", "p-rge"),
     "fzoo": Method("forward differences over the spread of their losses: steps of normalised length", "fzoo"),
+    "dizo": Method("now and then, steps along how far each parameter has drifted", optimizer="dizo"),
     "fedkseed": Method(
         "a fixed pool of seeds: theta is a sum over it, and no history needs to be kept",
         fixed={"federation.seeds": "pool"},
@@ -52,6 +61,9 @@ METHODS: dict[str, Method] = {
         "a fixed pool whose seeds are drawn by the magnitude of their scalars so far",
         fixed={"federation.seeds": "weighted-pool"},
         paper="FedKSeed-Pro, arXiv 2312.06353, section 4.3",
+    ),
+    "hybrid": Method(
+        "a named part of theta by back-propagated gradients, the rest by zo-sgd", open=("method.first_order",)
     ),
     "qzo": Method("two-point steps on the scales of a quantised base", optimizer="qzo"),
     "quzo": Method("whole steps on the int8 codes of a quantised base", optimizer="quzo"),
@@ -71,7 +83,11 @@ def difference(name: str, values: Mapping[str, Value]) -> str | None:
     Raises:
         ConfigError: the method is unknown; the message offers the nearest one.
     """
-    for key, wanted in lookup(METHODS, name, "method.name").keys.items():
+    method = lookup(METHODS, name, "method.name")
+    for key in method.open:
+        if not values[key]:
+            return f'method.name = "{name}" needs {key}, which is empty: set it; `fedzo config` says what to'
+    for key, wanted in method.keys.items():
         if values[key] != wanted:
             return (
                 f'method.name = "{name}" is {key} = {json.dumps(wanted)}, found {json.dumps(values[key])}: leave {key} '

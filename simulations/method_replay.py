@@ -52,8 +52,15 @@ SMALL: dict[str, dict[str, Value]] = {
     "scales": {"model.quantisation": "nf4", "space.include": "*v_proj*"},
     "codes": {"model.quantisation": "int8", "space.include": "*v_proj*"},
 }
+# What a method leaves to the user, in terms of the embedded model.
+OPEN: dict[str, Value] = {"method.first_order": "*layers.1.*"}
 # What changes at times does so several times in a short run, on both sides of its middle.
-OFTEN: dict[str, Value] = {"method.anchor_every": 2, "method.project_every": 2, "method.refresh": 2}
+OFTEN: dict[str, Value] = {
+    "method.anchor_every": 2,
+    "method.project_every": 2,
+    "method.project_steps": 1,
+    "method.refresh": 2,
+}
 # One of each kind of state: none, moments, curvature, anchor, factors that change, whole codes.
 KILLED = ("zo-sgd", "zo-adam", "hizoo", "mezo-svrg", "lozo", "quzo")
 
@@ -70,11 +77,12 @@ def configured(name: str, **changes: Value) -> Config:
     """
     kind = next(kind for kind in SMALL if kind in facts(name).spaces)
     keys: dict[str, Value] = {
-        "method.name": name, "space.kind": kind, **SMALL[kind], **OFTEN, "method.batch_size": 4,
-        "method.weight_decay": 0.0, "data.clients": CLIENTS, "data.partition": "iid", "data.limit": 48, "data.test": "",
+        "method.name": name, "space.kind": kind, **SMALL[kind], **OFTEN, "method.batch_size": 2,
+        "model.max_length": 24, "data.clients": CLIENTS, "data.partition": "iid", "data.limit": 48, "data.test": "",
         "federation.rounds": ROUNDS, "evaluation.every": 0, "evaluation.limit": 8, "runtime.threads": 1,
         "runtime.device": "cpu",
     }  # fmt: skip
+    keys |= {key: OPEN[key] for key in METHODS[name].open}
     return from_flat(keys | {key.replace("__", "."): value for key, value in changes.items()}, name)
 
 
@@ -170,7 +178,7 @@ def _threaded(config: Config, threads: int) -> Config:
 def _resumed(config: Config, path: Path, threads: int) -> bytes:
     """The ledger hash of a run that is lost halfway and then finished on a number of threads."""
     with contextlib.suppress(LostError):
-        run(config, path, lose=ROUNDS // 2)
+        run(config, path, lose=config.federation.rounds // 2)
         raise RuntimeError("the run was not lost")
     ledger, _ = run(_threaded(config, threads), path)
     with ledger:

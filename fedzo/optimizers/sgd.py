@@ -13,7 +13,7 @@ from fedzo import directions
 from fedzo.directions.base import Directions, Isotropic
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.evaluation import Batch, Request
-from fedzo.limits import NO_CODES, Condition
+from fedzo.limits import FLOAT32_THETA, NO_CODES, Condition
 from fedzo.optimizers.base import Records, Rule, Scalars, Seeds, State, expect_length, rounded
 
 
@@ -79,6 +79,8 @@ class PoolSGD(Rule):
     """
 
     source: ClassVar[str] = "FedKSeed, arXiv 2312.06353, equation 6"
+    limits: ClassVar[tuple[Condition, ...]] = (FLOAT32_THETA, NO_CODES)
+    state_vectors: ClassVar[int] = 1
 
     def __init__(self, sgd: SGD, pool: Seeds) -> None:
         super().__init__(sgd.setup)

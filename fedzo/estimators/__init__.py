@@ -3,8 +3,10 @@
 from fedzo.estimators.base import Estimate, Estimator, Query
 from fedzo.estimators.forward_gradient import ForwardGradient
 from fedzo.estimators.fzoo import FZOO
+from fedzo.estimators.hizoo import ThreePoint
 from fedzo.estimators.one_point import OnePoint
 from fedzo.estimators.p_rge import PRGE
+from fedzo.estimators.svrg import ControlVariate
 from fedzo.estimators.two_point import TwoPoint
 
 ESTIMATORS: dict[str, type[Estimator]] = {
@@ -13,6 +15,20 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "p-rge": PRGE,
     "fzoo": FZOO,
     "forward-gradient": ForwardGradient,
+    "hizoo": ThreePoint,
+    "svrg": ControlVariate,
 }
 
-__all__ = ["ESTIMATORS", "FZOO", "PRGE", "Estimate", "Estimator", "ForwardGradient", "OnePoint", "Query", "TwoPoint"]
+__all__ = [
+    "ESTIMATORS",
+    "FZOO",
+    "PRGE",
+    "ControlVariate",
+    "Estimate",
+    "Estimator",
+    "ForwardGradient",
+    "OnePoint",
+    "Query",
+    "ThreePoint",
+    "TwoPoint",
+]

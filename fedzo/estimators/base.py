@@ -1,7 +1,7 @@
 """What an estimator is: queries in, projected gradients out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -52,6 +52,18 @@ class Estimate:
     loss: float
     second: npt.NDArray[np.float64] | None = None
 
+    @staticmethod
+    def joined(parts: "Sequence[Estimate]") -> "Estimate":
+        """That of a step made on several batches, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        seconds = [part.second for part in parts if part.second is not None]
+        return Estimate(
+            np.concatenate([part.projected for part in parts], axis=1),
+            float(np.average([part.loss for part in parts], weights=[part.projected.shape[1] for part in parts])),
+            np.concatenate(seconds, axis=1) if seconds else None,
+        )
+
 
 @dataclass(frozen=True)
 class Estimator(ABC):
@@ -78,11 +90,15 @@ class Estimator(ABC):
 
     @abstractmethod
     def forwards(self, queries: int) -> float:
-        """Forward passes over a batch that a step with this many queries takes (on average over a run's steps)."""
+        """Passes over its examples that a step with this many queries takes (on average over a run's steps)."""
 
     def examples(self, step: int, batch_size: int, total: int) -> int:
-        """How many of a client's ``total`` examples a step is made on."""
+        """How many of a client's ``total`` examples a step is made on, a batch at a time."""
         return batch_size
+
+    def evaluated(self, queries: int, batch_size: int, total: int) -> float:
+        """Examples that pass forward in a step on a client with ``total`` of them (on average over a run's steps)."""
+        return self.forwards(queries) * min(batch_size, total)
 
     @abstractmethod
     def estimate(self, query: Query) -> Generator[Request, Tensor, Estimate]:

@@ -89,13 +89,17 @@ class Worker:
             step, seeds = plan.round * steps + k, plan.seeds[k : k + 1]
             place = derive(spec.seed, "batch", plan.round, self.client, k)
             count = estimator.examples(step, plan.batch_size, len(self.data))
-            batch = self.data.batch(choose(place, len(self.data), count))
+            chosen = choose(place, len(self.data), count)
             found, anchor = rule.directions(step, theta, state), rule.anchor(step, state)
-            query = Query(theta, batch, tuple(seeds[0].tolist()), plan.eps, step, found, anchor)
-            estimate = yield from estimator.estimate(query)
+            parts = []
+            for start in range(0, len(chosen), plan.batch_size):
+                batch = self.data.batch(chosen[start : start + plan.batch_size])
+                query = Query(theta, batch, tuple(seeds[0].tolist()), plan.eps, step, found, anchor)
+                parts.append((yield from estimator.estimate(query)))
+            estimate = Estimate.joined(parts)
             scalars[k] = _scalars(estimate, spec.clip)
             losses += estimate.loss / steps
-            if rule.ranges:
+            if rule.ranges:  # of rules whose step is made on one batch, as those that settle are
                 gradients[k] = (yield GradientRequest(theta, batch, rule.ranges)).numpy()[len(batch.labels) :]
             if not all(np.isfinite(found).all() for found in (scalars[k], losses, gradients[k])):
                 return Failure(plan.run_id, plan.round, self.client, "not-finite")

@@ -4,12 +4,15 @@ from fedzo.optimizers.adam import Adam, AdamW
 from fedzo.optimizers.base import Records, Rule, Scalars, Seeds, Setup, State, theta_array
 from fedzo.optimizers.conservative import Conservative
 from fedzo.optimizers.dizo import DiZO
+from fedzo.optimizers.hiso import HiSo
+from fedzo.optimizers.hizoo import HiZOO
 from fedzo.optimizers.hybrid import Hybrid
 from fedzo.optimizers.momentum import Momentum
 from fedzo.optimizers.quantised import QZO, QuZO
 from fedzo.optimizers.schedule import SCHEDULES, Schedule
 from fedzo.optimizers.sgd import SGD, PoolSGD
 from fedzo.optimizers.sign import Sign
+from fedzo.optimizers.svrg import SVRG
 
 OPTIMIZERS: dict[str, type[Rule]] = {
     "sgd": SGD,
@@ -19,6 +22,9 @@ OPTIMIZERS: dict[str, type[Rule]] = {
     "adamw": AdamW,
     "conservative": Conservative,
     "dizo": DiZO,
+    "hizoo": HiZOO,
+    "hiso": HiSo,
+    "svrg": SVRG,
     "qzo": QZO,
     "quzo": QuZO,
 }
@@ -27,6 +33,9 @@ __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
     "SGD",
+    "SVRG",
+    "HiSo",
+    "HiZOO",
     "Hybrid",
     "PoolSGD",
     "Records",

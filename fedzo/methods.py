@@ -65,6 +65,14 @@ METHODS: dict[str, Method] = {
     "hybrid": Method(
         "a named part of theta by back-propagated gradients, the rest by zo-sgd", open=("method.first_order",)
     ),
+    "hizoo": Method(
+        "directions scaled by the curvature that a third loss tells",
+        "hizoo",
+        optimizer="hizoo",
+        fixed={"method.directions": "gaussian"},
+    ),
+    "hiso": Method("directions scaled by a global second moment of past steps", optimizer="hiso"),
+    "svrg": Method("batches correct a gradient estimate made on all data at an anchor", "svrg", optimizer="svrg"),
     "qzo": Method("two-point steps on the scales of a quantised base", optimizer="qzo"),
     "quzo": Method("whole steps on the int8 codes of a quantised base", optimizer="quzo"),
 }

@@ -153,8 +153,8 @@ class RunSpec:
             return rule
         if not isinstance(rule, SGD) or NO_POOL in rule.limits:
             raise ConfigError(
-                f'federation.seeds = "{self.seeds}" needs method.optimizer = "sgd", found "{self.optimizer}": theta is '
-                "a sum over the pool's seeds"
+                f'federation.seeds = "{self.seeds}" needs method.optimizer = "sgd" or "conservative", found '
+                f'"{self.optimizer}": theta is a sum over the pool\'s seeds'
             )
         return PoolSGD(rule, pool_seeds(self.seed, self.pool_size))
 

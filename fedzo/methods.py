@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
     "fedkseed-pro": Method(
         "a fixed pool whose seeds are drawn by the magnitude of their scalars so far",
         fixed={"federation.seeds": "weighted-pool"},
-        paper="FedKSeed-Pro, arXiv 2312.06353, section 4.3",
+        paper="FedKSeed-Pro, arXiv 2312.06353",
     ),
     "hybrid": Method(
         "a named part of theta by back-propagated gradients, the rest by zo-sgd", open=("method.first_order",)

@@ -4,19 +4,23 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import CONFIGS, SCHEMES, TARGETS, batch_of, build, plain_losses, with_scheme
+from small_runs import fedzo, make_data, options
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fedzo import spaces
 from fedzo.directions import fill
 from fedzo.errors import ModelError, SpaceError
 from fedzo.estimators import ESTIMATORS, Query
 from fedzo.evaluation import Batch, DerivativeRequest, Evaluator, GradientRequest, LossRequest
+from fedzo.federation.ledger import Ledger
 from fedzo.models import LoadedModel, add_adapter
 from fedzo.quantisation import quantise
 from fedzo.spaces import TrainableSpace
@@ -333,6 +337,20 @@ def test_an_operation_without_forward_mode_is_named_and_a_weight_read_from_outsi
     assert same(state(model), before)
     again = evaluator.answer(GradientRequest(theta, batch, ((0, space.size),)))
     torch.testing.assert_close(again, gradient)
+
+
+def test_an_operation_without_forward_mode_ends_a_run_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: Doubled.apply(whole(self, x)))
+    data = make_data(tmp_path / "data")
+    chosen = options(data, method__estimator="forward-gradient", data__test="", evaluation__limit=4)
+    answer = fedzo("run", "--out", tmp_path / "run", "--quiet", *chosen)
+    assert answer.code == 1 and len(answer.err.strip().splitlines()) == 1
+    assert "LlamaForCausalLM has no forward-mode derivative, which the estimator forward-gradient needs" in answer.err
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        assert ledger.rounds == 0
 
 
 def test_the_forward_gradient_is_the_derivative_of_each_example() -> None:

@@ -11,7 +11,7 @@ _TERMS = 20
 
 
 class Amplitudes:
-    """The mean magnitude of each seed's scalars in a ledger (FedKSeed-Pro, arXiv 2312.06353, section 4.3).
+    """The mean magnitude of each seed's scalars in a ledger (FedKSeed-Pro, arXiv 2312.06353).
 
     A function of the ledger's rounds and of nothing else, summed in their order, so that a resumed run stands at the
     same bits; and of scalars that were released already, so that under differential privacy it costs nothing.

@@ -38,6 +38,7 @@ BODY, HEAD = slice(0, SIZE - 4), slice(SIZE - 4, SIZE)
 SETTINGS = {
     "first_order": "head", "first_order_optimizer": "sgd", "first_order_rate": 0.05, "weight_decay": 0.0,
     "momentum": 0.9, "nesterov": False, "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-8,
+    "smoothing": 0.1,
 }  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def test_directions_are_zero_within_the_part_and_the_others_outside() -> None:
         ("shared", "median", ("adam", "momentum")),
         ("shared", "trimmed-mean", ("sign", "sgd")),
         ("independent", "mean", ("momentum", "adamw")),
-        ("independent", "uniform", ("sgd", "sgd")),
+        ("independent", "uniform", ("hiso", "sgd")),
     ],
 )
 def test_replay_late_joiner_and_resume_stand_where_the_run_does(
@@ -141,6 +142,18 @@ def test_replay_late_joiner_and_resume_stand_where_the_run_does(
     again = start(tmp_path / "parts", spec, range(3))
     again.join(3)
     assert again.finish() == head
+
+
+def test_gradients_travel_behind_second_scalars(tmp_path: Path) -> None:
+    spec = hybrid_spec("adam", 0.02, estimator="hizoo", optimizer="hizoo", family="gaussian")
+    run_ = start(tmp_path, spec)
+    assert run_.round().bytes_up == 4 * (36 + 16 * 3 + 4 * 4)
+    run_.finish()
+    late = make_replica(spec)
+    replay(run_.ledger, late)
+    (last, *_) = reversed(rounds_of(run_.ledger))
+    assert last.scalars.shape == (1, 6) and last.gradients is not None and last.gradients.shape == (1, 4)
+    assert late.digest() == last.digest and mean_loss(late.theta) < mean_loss(first_theta())
 
 
 @pytest.mark.parametrize(("size", "kind"), [(400, "records"), (SIZE, "snapshot")])
@@ -405,7 +418,7 @@ def test_what_is_not_valid_is_refused_with_the_reason(changes: dict[str, Any], m
 
 
 def test_no_privacy_mode_covers_arrays_and_other_runs_know_nothing_of_them() -> None:
-    parts = dict((name, part) for part, name in from_flat({"method.first_order": "head"})._parts())
+    parts = dict((name, part) for part, name in from_flat({"method.first_order": "head"}).parts())
     assert parts["first_order"] is Hybrid and Hybrid.private == ()
     settings = from_flat({"method.first_order": ["a", "b.*"], "method.first_order_optimizer": "adam"}).settings()
     assert settings["first_order"] == "a, b.*" and settings["beta1"] == 0.9
@@ -458,6 +471,8 @@ def test_a_run_of_the_embedded_model_replays_exports_and_verifies(
     out = fedzo("replay", tmp_path / "run", "--out", tmp_path / "model", "--json")
     assert out.code == 0, out.err
     assert json.loads(out.out)["theta_digest"] == entries[-1].digest.hex()
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "and gradients of a part" in card and f"by {chosen['method__first_order_optimizer']} on gradients" in card
     shown = fedzo("inspect", tmp_path / "run")
     assert shown.code == 0 and "method.first_order = " in shown.out and "artifact bytes" in shown.out
 

@@ -234,7 +234,10 @@ def test_refusals(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     for message, changes in (
         (r'"scales" trains the scales .* needs model.quantisation = "nf4" or "fp4" or "int8", found "none"', {}),
-        (r'"codes" .* needs .* = "int8", found "nf4"', {"space__kind": "codes", "model__quantisation": "nf4"}),
+        (
+            r'"codes" .* needs .* = "int8", found "nf4"',
+            {"space__kind": "codes", "model__quantisation": "nf4", "method__optimizer": "quzo"},
+        ),
         (
             r"one quantisation for all, but model.client_quantisation is nf4, int8",
             {"model__quantisation": "nf4", "model__client_quantisation": ["nf4", "int8"]},

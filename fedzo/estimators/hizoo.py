@@ -23,7 +23,7 @@ class ThreePoint(Estimator):
     all directions.
     """
 
-    source: ClassVar[str] = "HiZOO, arXiv 2402.15173, equations 4 and 5"
+    source: ClassVar[str] = "HiZOO, arXiv 2402.15173, algorithm 1"
     limits: ClassVar[tuple[Condition, ...]] = (
         Limit("method.optimizer", ("hizoo",), "no other update rule reads curvatures"),
     )

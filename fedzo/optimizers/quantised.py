@@ -50,6 +50,7 @@ class QuZO(Rule):
         Limit("space.kind", ("codes",), "it moves theta by whole codes of an int8 base"),
         Limit("federation.seeds", ("shared", "independent"), "theta is rounded at every step and no sum over seeds"),
         Limit("method.estimator", ("two-point", "one-point", "p-rge", "fzoo"), "others do not round their points"),
+        Limit("method.weight_decay", (0.0,), "shrinking a code by parts of a code would only add rounding noise"),
     )
     settings: ClassVar[tuple[str, ...]] = ("eps",)
 

@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
         fixed={"method.directions": "gaussian"},
     ),
     "hiso": Method("directions scaled by a global second moment of past steps", optimizer="hiso"),
-    "svrg": Method("batches correct a gradient estimate made on all data at an anchor", "svrg", optimizer="svrg"),
+    "mezo-svrg": Method("batches correct a gradient estimate made on all data at an anchor", "svrg", optimizer="svrg"),
     "qzo": Method("two-point steps on the scales of a quantised base", optimizer="qzo"),
     "quzo": Method("whole steps on the int8 codes of a quantised base", optimizer="quzo"),
 }

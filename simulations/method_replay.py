@@ -5,7 +5,7 @@
 Each method is run on the embedded model over a small space that it is valid for, with K = 1 and K = 4 local steps and
 under each seed schedule that it is valid for; where it is not valid, it is shown refused, with the reason. Checked are:
 
-- replay: a fresh replica that applies the ledger, all in one go, has the server's theta;
+- replay: a fresh replica that applies the ledger, all in one go, on one thread or two, has the server's theta;
 - records, snapshot: so has a client that comes late, halfway by what it missed or by a snapshot, then by records;
 - resumed: a run that is lost in the middle of a round, halfway, and finished anew has the ledger hash of one that was
   not (within one process: an exception ends the run, and model, data and ledger are opened again);
@@ -36,7 +36,6 @@ from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import Coordinator, replay
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.messages import CatchUp, Plan, RoundRecords, decode
-from fedzo.federation.replica import Replica
 from fedzo.federation.spec import SEED_SCHEDULES
 from fedzo.limits import Value
 from fedzo.method_facts import facts
@@ -79,8 +78,8 @@ def configured(name: str, **changes: Value) -> Config:
     keys: dict[str, Value] = {
         "method.name": name, "space.kind": kind, **SMALL[kind], **OFTEN, "method.batch_size": 2,
         "model.max_length": 24, "data.clients": CLIENTS, "data.partition": "iid", "data.limit": 48, "data.test": "",
-        "federation.rounds": ROUNDS, "evaluation.every": 0, "evaluation.limit": 8, "runtime.threads": 1,
-        "runtime.device": "cpu",
+        "federation.rounds": ROUNDS, "federation.pool_size": 64, "evaluation.every": 0, "evaluation.limit": 8,
+        "runtime.threads": 1, "runtime.device": "cpu", "runtime.evaluation": "paired",
     }  # fmt: skip
     keys |= {key: OPEN[key] for key in METHODS[name].open}
     return from_flat(keys | {key.replace("__", "."): value for key, value in changes.items()}, name)
@@ -150,37 +149,44 @@ def _sent(missed: CatchUp, ledger: Ledger) -> CatchUp:
 
 
 def check(config: Config, scratch: Path, threads: bool = True) -> dict[str, bool]:
-    """What holds of a method's run, by name; `threads`: also run it on two threads (else the resumed half is)."""
+    """What holds of a method's run, by name; `threads`: also run it on two threads."""
     ledger, server = run(config, scratch / "whole")
     with ledger:
         experiment, final, last = Experiment(config), server.replica.digest(), list(ledger.read())[-1]
-        fresh: Replica = experiment.replica(ledger.spec)
-        start = fresh.digest()
-        replay(ledger, fresh)
+        replayed = [_replayed(experiment, ledger, threads) for threads in (1, 2)]
         held = {
-            "moved": final != start,
-            "replay": fresh.digest() == final == last.digest,
+            "moved": final.hex() != ledger.spec.theta0,
+            "replay": replayed == [final, last.digest],
             "records": late(experiment, ledger, "records") == final,
             "snapshot": late(experiment, ledger, "snapshot") == final,
-            "resumed": _resumed(config, scratch / "lost", 1 if threads else 2) == ledger.head,
+            "resumed": _resumed(config, scratch / "lost") == ledger.head,
         }
         if threads:
-            other, _ = run(_threaded(config, 2), scratch / "threads")
-            with other:
-                held["threads"] = other.head == ledger.head
+            runtime = config.runtime.model_copy(update={"threads": 2})
+            held["threads"] = _head(config.model_copy(update={"runtime": runtime}), scratch / "threads") == ledger.head
     return held
 
 
-def _threaded(config: Config, threads: int) -> Config:
-    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"threads": threads})})
+def _replayed(experiment: Experiment, ledger: Ledger, threads: int) -> bytes:
+    before, fresh = torch.get_num_threads(), experiment.replica(ledger.spec)
+    torch.set_num_threads(threads)
+    try:
+        replay(ledger, fresh)
+    finally:
+        torch.set_num_threads(before)
+    return fresh.digest()
 
 
-def _resumed(config: Config, path: Path, threads: int) -> bytes:
-    """The ledger hash of a run that is lost halfway and then finished on a number of threads."""
+def _resumed(config: Config, path: Path) -> bytes:
+    """The ledger hash of a run that is lost halfway and then finished."""
     with contextlib.suppress(LostError):
         run(config, path, lose=config.federation.rounds // 2)
         raise RuntimeError("the run was not lost")
-    ledger, _ = run(_threaded(config, threads), path)
+    return _head(config, path)
+
+
+def _head(config: Config, path: Path) -> bytes:
+    ledger, _ = run(config, path)
     with ledger:
         return ledger.head
 

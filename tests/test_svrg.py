@@ -273,12 +273,15 @@ def test_a_contribution_is_as_small_as_any(tmp_path: Path) -> None:
         ),
         ({"method.estimator": "svrg"}, 'method.estimator = "svrg" needs method.optimizer = "svrg", found "sgd"'),
         (
-            {"method.name": "svrg", "federation.local_steps": 2},
+            {"method.name": "mezo-svrg", "federation.local_steps": 2},
             "needs federation.local_steps = 1, found 2: what it",
         ),
-        ({"method.name": "svrg", "federation.seeds": "pool"}, 'needs federation.seeds = .* found "pool": a pool\'s'),
-        ({"method.name": "svrg", "method.anchor_every": 0}, "method.anchor_every: .*greater than or equal to 1"),
-        ({"method.name": "svrg", "method.anchor_rate": 0.0}, "method.anchor_rate: .*greater than 0"),
+        (
+            {"method.name": "mezo-svrg", "federation.seeds": "pool"},
+            'needs federation.seeds = .* found "pool": a pool\'s',
+        ),
+        ({"method.name": "mezo-svrg", "method.anchor_every": 0}, "method.anchor_every: .*greater than or equal to 1"),
+        ({"method.name": "mezo-svrg", "method.anchor_rate": 0.0}, "method.anchor_rate: .*greater than 0"),
     ],
 )
 def test_what_is_not_valid_is_refused(flat: dict[str, Any], message: str) -> None:
@@ -288,7 +291,7 @@ def test_what_is_not_valid_is_refused(flat: dict[str, Any], message: str) -> Non
 
 def test_all_examples_take_part_in_an_anchor_so_only_clients_are_protected() -> None:
     assert ControlVariate.private == CLIENT_MODES and "example-local" not in CLIENT_MODES
-    config = from_flat({"method.name": "svrg"})
+    config = from_flat({"method.name": "mezo-svrg"})
     assert OPTIMIZERS[config.method.optimizer] is SVRG and set(config.settings()) == {*SVRG.settings, "anchor_every"}
 
 

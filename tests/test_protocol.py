@@ -207,7 +207,7 @@ def test_a_late_client_catches_up(tmp_path: Path, changes: dict[str, object], ki
     assert any(plan.digest)
     assert summary.accepted == 3 and not summary.dropped
     assert theta_digest(late.replica.theta) == plan.digest
-    records = sum(6 + 12 * entry.seeds.size for entry in rounds_of(run.ledger)[:4])
+    records = sum(7 + 12 * entry.seeds.size for entry in rounds_of(run.ledger)[:4])
     assert len(plan.to_bytes()) <= 81 + 20 + 8 * plan.seeds.size + records  # the cheaper of the two
     run.finish()
     assert rounds_of(run.ledger)[-1].clients == (0, 1, 3)

@@ -1,8 +1,10 @@
 """What is known of the named methods, derived from their parts: for `fedzo methods` and docs/methods.md."""
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar, get_args
 
 from fedzo.config import Config, MethodSection, SpaceSection, flatten, from_flat
@@ -18,6 +20,7 @@ from fedzo.structures import Structure
 SPACES: tuple[str, ...] = get_args(SpaceSection.model_fields["kind"].annotation)
 _PLAIN = METHODS["zo-sgd"].keys  # what a configuration that names none is made of
 T = TypeVar("T", bound=Value)
+MARK = "<!-- Below: written by `python -m fedzo.method_facts docs/methods.md`; a test compares. -->"
 
 
 @dataclass(frozen=True)
@@ -200,5 +203,11 @@ def _table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
+def rewrite(text: str) -> str:
+    """docs/methods.md with its generated part as it should be."""
+    return text.partition(MARK)[0] + f"{MARK}\n\n{markdown()}"
+
+
 if __name__ == "__main__":
-    print(markdown(), end="")
+    path = Path(sys.argv[1])
+    path.write_text(rewrite(path.read_text(encoding="utf-8")), encoding="utf-8")

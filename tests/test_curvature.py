@@ -18,7 +18,6 @@ from fedzo.estimators import ESTIMATORS, Estimate, Estimator, Query, ThreePoint
 from fedzo.evaluation import Batch, LossRequest
 from fedzo.federation.messages import Contribution, RoundRecords, decode, max_contribution_bytes
 from fedzo.optimizers import OPTIMIZERS, HiSo, HiZOO, Records, Rule, Schedule, Setup, State
-from fedzo.optimizers.base import square_root
 from fedzo.structures import Frame, IsotropicStructure, Layout
 
 SIZE, QUERIES = 50, 3
@@ -234,13 +233,13 @@ def test_curvature_stays_within_bounds(name: str) -> None:
         assert bool(torch.isfinite(z).all()) and float(z.abs().min()) > 0
 
 
-def test_square_roots_are_rounded_as_ieee_wants() -> None:
-    bits = np.random.default_rng(0).integers(0, 0x7F800000, 100_003, dtype=np.uint32)
-    x = torch.from_numpy(bits.view(np.float32).copy())
-    wanted = np.sqrt(x.numpy().astype(np.float64)).astype(np.float32)
-    found = square_root(x)
-    assert found is x and np.array_equal(found.numpy(), wanted)
-    assert np.array_equal(found.reciprocal().numpy(), (1.0 / wanted.astype(np.float64)).astype(np.float32))
+def test_scales_are_rounded_as_ieee_wants() -> None:
+    """1 / sqrt(H) has two roundings, of the root and of its reciprocal, whatever the processor."""
+    rule, theta = rule_of("hiso"), torch.zeros(100_003)
+    curvature = torch.from_numpy(np.exp(np.random.default_rng(0).uniform(-18, 18, len(theta))).astype(np.float32))
+    found = rule.directions(0, theta, {"curvature": curvature.clone()})
+    root = curvature.double().sqrt().float()
+    assert isinstance(found, Scaled) and torch.equal(found.scale, (1.0 / root.double()).float())
 
 
 # -- federated

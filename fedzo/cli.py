@@ -16,7 +16,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fedzo import __version__
-from fedzo.errors import ConfigError, FedzoError
+from fedzo.errors import ConfigError, FedzoError, RunError
 from fedzo.runtime import keep_memory
 
 INTERRUPTED = 130
@@ -160,6 +160,8 @@ def _shown(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, dict):
         return ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
+    if name == "learning_rate":
+        return f"{value:.3g}"
     if isinstance(value, float):
         share = any(part in name for part in ("accuracy", "f1", "exact_match"))
         return f"{value:.2%}" if share else f"{value:.4f}"
@@ -187,19 +189,35 @@ def _go(folder: Any, config: Any, quiet: bool, as_json: bool, new: bool = False)
         else:
             experiment = Experiment(config)
         experiment.spec()
+        if experiment.config.method.learning_rate == "auto" and not silent:
+            errors.print(str(experiment.step_size), markup=False)
         if new:  # not before model, data and partition are there: a mistake in them leaves no folder
             folder = RunFolder.create(folder.path, config)
-    try:
+    with _stopped(folder):
         if silent:
             ledger = engine.run(experiment, folder)
         else:
             _warn_of_data(experiment.splits)
             with _Progress(config.federation.rounds, done, config.data.clients, sent) as progress:
                 ledger = engine.run(experiment, folder, [progress])
-    except KeyboardInterrupt:
-        raise _interrupted(folder) from None
     with ledger:
         _finish(folder, ledger, as_json)
+
+
+@contextmanager
+def _stopped(folder: Any) -> Iterator[None]:
+    """A run that does not come to its end: Ctrl-C, or an error such as divergence, of which the plots are drawn."""
+    from fedzo.federation.ledger import Ledger
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _interrupted(folder) from None
+    except RunError:
+        if folder.ledger.exists():
+            with Ledger(folder.ledger) as ledger:
+                _draw(folder, ledger)
+        raise
 
 
 def _interrupted(folder: Any) -> typer.Exit:
@@ -230,14 +248,20 @@ def _warn_of_data(splits: Any) -> None:
             )
 
 
-def _finish(folder: Any, ledger: Any, as_json: bool) -> None:
+def _draw(folder: Any, ledger: Any) -> None:
     import importlib.util
 
-    from fedzo.report import plot, summarise
+    from fedzo.report import plot
 
-    if importlib.util.find_spec("matplotlib"):
+    if importlib.util.find_spec("matplotlib") and ledger.rounds:
         plot(ledger, folder.path)
-    _print_figures({"run": str(folder.path), **summarise(ledger)}, as_json)
+
+
+def _finish(folder: Any, ledger: Any, as_json: bool) -> None:
+    from fedzo.report import summarise
+
+    _draw(folder, ledger)
+    _print_figures({"run": str(folder.path), **folder.settled(), **summarise(ledger)}, as_json)
 
 
 @app.command()
@@ -264,10 +288,8 @@ def run(
     from fedzo.federation.ledger import Ledger
     from fedzo.flower import run_flower
 
-    try:
+    with _stopped(folder):
         run_flower(checked, folder.path, quiet=quiet or as_json)
-    except KeyboardInterrupt:
-        raise _interrupted(folder) from None
     with Ledger(folder.ledger) as ledger:
         _finish(folder, ledger, as_json)
 
@@ -350,7 +372,7 @@ def inspect(run: RunPath, as_json: Json = False) -> None:
 
     folder, ledger = _open(run)
     with ledger:
-        config, figures = folder.load_config(), summarise(ledger)
+        config, figures = folder.load_config(), folder.settled() | summarise(ledger)
     default = flatten(Config())
     changed = {key: value for key, value in flatten(config).items() if value != default[key]}
     if as_json:

@@ -5,7 +5,8 @@ from contextlib import closing
 from typing import Protocol
 
 from fedzo.config import Config
-from fedzo.errors import LedgerError, RunError
+from fedzo.divergence import Watch, diverged
+from fedzo.errors import DivergedError, LedgerError, RunError
 from fedzo.evaluation import Evaluator
 from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import Coordinator, RoundSummary
@@ -107,12 +108,17 @@ def play_round(coordinator: Coordinator, exchange: Exchange) -> RoundSummary:
 def run_rounds(
     experiment: Experiment, coordinator: Coordinator, connect: Callable[[], Exchange], observers: Sequence[Observer]
 ) -> None:
-    """Plays the rounds that are left, evaluates when due, and tells the observers.
+    """Plays the rounds that are left, evaluates when due or in doubt, and tells the observers.
 
     Args:
         connect: makes the transport and registers the clients; called once, when rounds are left.
+
+    Raises:
+        DivergedError: the run has diverged (`fedzo.divergence`).
+        RunError: the base model's loss is not finite.
     """
     ledger, every = coordinator.ledger, experiment.config.evaluation.every
+    watch = Watch(ledger, experiment.config.evaluation.divergence)
 
     def evaluate(split: str) -> None:
         data = experiment.validation if split == "validation" else experiment.test
@@ -122,19 +128,33 @@ def run_rounds(
         ledger.record_evaluation(ledger.rounds, split, metrics)
         for observer in observers:
             observer.evaluation(ledger.rounds, split, metrics)
+        if split == "validation":
+            watch.evaluation(ledger.rounds, metrics["loss"])
+
+    def look() -> None:
+        if watch.doubtful:
+            evaluate("validation")
+        watch.check()
 
     if ledger.rounds == 0:
         evaluate("test")
     if ledger.rounds == 0 or (every and ledger.rounds % every == 0):
         evaluate("validation")
+    look()
     exchange = None if coordinator.finished else connect()
     while exchange is not None and not coordinator.finished:
-        summary = play_round(coordinator, exchange)
+        try:
+            summary = play_round(coordinator, exchange)
+        except DivergedError as error:
+            raise diverged(ledger, str(error)) from None
         for observer in observers:
             observer.round(summary)
+        watch.round(vars(summary))
         if every and ledger.rounds % every == 0:
             evaluate("validation")
+        look()
     evaluate("validation")
+    watch.check()
     evaluate("test")
 
 

@@ -34,3 +34,7 @@ class ProtocolError(FedzoError):
 
 class RunError(FedzoError):
     """A run cannot start or go on."""
+
+
+class DivergedError(RunError):
+    """A run's loss is far above its start, or not finite."""

@@ -96,6 +96,13 @@ class RunFolder:
             write_atomically(self.step_size, strict_json(asdict(found)) + "\n")
             write_atomically(self.config, to_toml(config))
 
+    def settled(self) -> dict[str, Any]:
+        """The learning rate that "auto" became and the forward passes that this took; empty where it was given."""
+        if not self.step_size.exists():
+            return {}
+        found = json.loads(self.step_size.read_text(encoding="utf-8"))
+        return {"learning_rate": found["learning_rate"], "probe_forwards": found["probe"]["forwards"]}
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the run for one process.

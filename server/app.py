@@ -194,6 +194,8 @@ def main(grid: Grid, context: Context) -> None:
     else:
         folder, experiment = RunFolder.create(path, config), Experiment(config)
     say(f"run folder {path}")
+    if experiment.config.method.learning_rate == "auto":
+        say(str(experiment.step_size))
 
     timeout = config.runtime.round_timeout
     with run(

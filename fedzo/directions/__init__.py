@@ -10,8 +10,8 @@ in the direction, so that a part of a vector can be treated alone. A step theta 
 product and again after the sum; c itself is rounded to float32 first. CPU tensors go through ``numba_cpu``, CUDA
 tensors through ``triton_cuda``, others, and those whose compiler is missing, through ``reference``: the same bits.
 
-All functions raise ConfigError for an unknown family or a seed outside [0, 2**64), RunError for a coefficient that is
-not finite in float32, and ValueError for tensors, arrays or offsets of the wrong kind.
+All functions raise ConfigError for an unknown family or a seed outside [0, 2**64), DivergedError for a coefficient that
+is not finite in float32, and ValueError for tensors, arrays or offsets of the wrong kind.
 """
 
 import math
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fedzo.directions import reference
 from fedzo.directions.philox import check_seed
-from fedzo.errors import ConfigError, RunError
+from fedzo.errors import ConfigError, DivergedError
 
 __all__ = ["FAMILIES", "axpy", "fill", "replay", "replay_rounded", "round_stochastically"]
 
@@ -206,7 +206,7 @@ def _check_pair(theta: Tensor, out: Tensor) -> None:
 
 
 def finite_coefficient(value: float) -> float:
-    """The float32 nearest to ``value``; RunError when that is not finite."""
+    """The float32 nearest to ``value``; DivergedError when that is not finite."""
     with np.errstate(over="ignore"):
         rounded = float(np.float32(value))
     if not math.isfinite(rounded):
@@ -214,7 +214,5 @@ def finite_coefficient(value: float) -> float:
     return rounded
 
 
-def _not_finite(name: str, value: float) -> RunError:
-    return RunError(
-        f"{name} is {value}, but must be finite in float32: the run diverged; lower the learning rate or clip"
-    )
+def _not_finite(name: str, value: float) -> DivergedError:
+    return DivergedError(f"{name} is {value}, but must be finite in float32: lower the learning rate, or clip scalars")

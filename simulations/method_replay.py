@@ -9,7 +9,7 @@ under each seed schedule that it is valid for; where it is not valid, it is show
 - records, snapshot: so has a client that comes late, halfway by what it missed or by a snapshot, then by records;
 - resumed: a run that is lost in the middle of a round, halfway, and finished anew has the ledger hash of one that was
   not (within one process: an exception ends the run, and model, data and ledger are opened again);
-- threads: so has a run with two threads in place of one;
+- threads: so has a run with two threads in place of one (of each method the first: it takes long where cores are few);
 - killed: so has a `fedzo run` that is killed with -9 in flight and resumed (of the methods of --kill; --quick: one).
 
 Ends with one line of JSON.
@@ -223,20 +223,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first seed schedule only, no runs on two threads")
     args = parser.parse_args()
     held: dict[str, dict[str, bool]] = {}
-    refused: dict[str, str] = {}
+    refused: dict[str, list[str]] = {}
     for name in args.methods:
         facts(name)  # an unknown name ends here
-        for steps, schedule in list(cells(name))[: len(LOCAL_STEPS) if args.quick else None]:
+        for number, (steps, schedule) in enumerate(cells(name)):
+            if args.quick and number >= len(LOCAL_STEPS):
+                break
             cell = f"{name}, K = {steps}, {schedule}"
             try:
                 config = configured(name, federation__local_steps=steps, federation__seeds=schedule)
             except ConfigError as error:
-                refused[cell] = str(error)
-                print(f"refused  {error}")
+                refused.setdefault(str(error), []).append(f"K = {steps}, {schedule}")
+                print(f"refused  {cell}: {error}")
                 continue
             started = time.monotonic()
             with tempfile.TemporaryDirectory() as scratch:
-                held[cell] = check(config, Path(scratch), threads=not args.quick)
+                held[cell] = check(config, Path(scratch), threads=number == 0 and not args.quick)
             told = "holds  " if all(held[cell].values()) else "FAILS  "
             print(f"{told}  {cell}: {', '.join(held[cell])} ({time.monotonic() - started:.1f} s)", flush=True)
     kills: dict[str, int] = {}

@@ -253,11 +253,11 @@ def _run(out: Tensor, source: Tensor | None, offset: int, seeds: Uint64s, coeffi
             target[part] = 0
         ACCUMULATE(target[part], origin[part], offset + first, seeds, coefficients, *constants)
 
-    _share(len(target), work)
+    share(len(target), work)
 
 
-def _share(size: int, work: Callable[[int], None]) -> None:
-    """Does the work of the chunks that start at 0, CHUNK, ...; the caller and helpers take them from one list."""
+def share(size: int, work: Callable[[int], None]) -> None:
+    """Does the work of the chunks of CHUNK entries that start at 0, CHUNK, ...; threads take them from one list."""
     chunks = iter(range(0, size, CHUNK))
 
     def take() -> None:
@@ -299,7 +299,7 @@ def replay_rounded(
     def work(first: int) -> None:
         ACCUMULATE_ROUNDED(bits[first : first + CHUNK], offset + first, seeds, coefficients, rounding, *constants)
 
-    _share(len(bits), work)
+    share(len(bits), work)
     return theta
 
 
@@ -309,5 +309,5 @@ def round_stochastically(values: Tensor, seed: int, *, offset: int = 0) -> Tenso
     def work(first: int) -> None:
         ROUND_STOCHASTICALLY(target[first : first + CHUNK], offset + first, stream)
 
-    _share(len(target), work)
+    share(len(target), work)
     return values

@@ -78,3 +78,14 @@ def words(seed: SupportsIndex, count: int, offset_blocks: int = 0) -> Words:
     counter[:, 1] = index >> np.uint64(32)
     key = np.array([seed & MASK32, seed >> 32], np.uint32)
     return blocks(counter, key).reshape(-1)[:count]
+
+
+def substream(seed: SupportsIndex, number: int) -> int:
+    """The seed of a stream beside that of ``seed``: the first two words, the low one first, of block 2**63 + number,
+    which no direction reaches.
+
+    Raises:
+        ConfigError: seed is outside [0, 2**64).
+    """
+    low, high = words(seed, 2, 2**63 + number).tolist()
+    return int(low) | int(high) << 32

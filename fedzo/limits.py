@@ -72,3 +72,16 @@ FLOAT32_THETA = Limit("space.theta_dtype", ("float32",), "only plain SGD rounds 
 NO_CODES = Limit(
     "space.kind", ("full", "sparse", "adapter", "scales"), "codes of a quantised base are whole numbers, moved by quzo"
 )
+ISOTROPIC_BFLOAT16 = Limit(
+    "space.theta_dtype", ("float32",), "a bfloat16 theta is moved along isotropic directions only"
+)
+SHARED_OUT = Limit(
+    "federation.seeds",
+    ("shared", "independent"),
+    "a step's queries share their work out by seeds of their own, and a pool's are fixed",
+)
+CHANGING = Limit(
+    "federation.seeds",
+    ("shared", "independent"),
+    "what a seed stands for changes with the step, and a pool keeps one coefficient a seed for the whole run",
+)

@@ -1,6 +1,7 @@
 """Estimators: queries -> scalars. A new estimator is one class in one file and one line in `ESTIMATORS`."""
 
 from fedzo.estimators.base import Estimate, Estimator, Query
+from fedzo.estimators.coordinate_wise import CoordinateWise
 from fedzo.estimators.forward_gradient import ForwardGradient
 from fedzo.estimators.fzoo import FZOO
 from fedzo.estimators.hizoo import ThreePoint
@@ -17,6 +18,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "forward-gradient": ForwardGradient,
     "hizoo": ThreePoint,
     "svrg": ControlVariate,
+    "coordinate-wise": CoordinateWise,
 }
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "FZOO",
     "PRGE",
     "ControlVariate",
+    "CoordinateWise",
     "Estimate",
     "Estimator",
     "ForwardGradient",

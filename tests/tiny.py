@@ -128,8 +128,10 @@ def answer(worker: Worker, plan: bytes, evaluate: Callable[[Any], Tensor] = resp
 
 
 def layout(size: int = SIZE) -> Layout:
-    """Of theta: all but four entries are the body's, these are the head's."""
-    return Layout((Segment("body", (size - 4,), 0, size - 4), Segment("head", (4,), size - 4, 4)))
+    """Of theta: a layer that is a matrix, one that is a vector, and the last four entries, the head."""
+    cut = (size - 4) // 4 * 2
+    layers = Segment("layers.0", (cut // 2, 2), 0, cut), Segment("layers.1", (size - 4 - cut,), cut, size - 4 - cut)
+    return Layout((*layers, Segment("head", (4,), size - 4, 4)))
 
 
 def make_replica(spec: RunSpec, load: Load | None = None) -> Replica:

@@ -80,16 +80,18 @@ def facts(name: str) -> Facts:
     """Those of a method.
 
     Raises:
-        ConfigError: the method is unknown; the message offers the nearest one.
+        ConfigError: the method is unknown (the message offers the nearest one), or its own parts contradict each other.
     """
     method = lookup(METHODS, name, "method")
     values: dict[str, Value] = flatten(Config()) | method.keys | dict.fromkeys(method.open, "*")
     parts = _classes(values)
-    spaces = tuple(kind for kind in SPACES if _valid(name, _space(kind)))
+    spaces = tuple(kind for kind in SPACES if not _fault(name, _space(kind)))
+    if not spaces:
+        raise ConfigError(f'method "{name}" is valid for no kind of space. {_fault(name, _space(SPACES[0]))}')
 
     def allowed(key: str, candidates: Sequence[T]) -> tuple[T, ...]:
         kept = [value for value in candidates if method.keys.get(key, value) == value]
-        return tuple(value for value in kept if _valid(name, {**_space(spaces[0]), key: value}))
+        return tuple(value for value in kept if not _fault(name, {**_space(spaces[0]), key: value}))
 
     own = [kind for kind in parts if values[kind] != _PLAIN.get(kind)] or ["method.estimator", "method.optimizer"]
     estimator = ESTIMATORS[method.estimator]
@@ -119,12 +121,13 @@ def _space(kind: str) -> dict[str, Value]:
     return {"space.kind": kind, "model.quantisation": quantisation}
 
 
-def _valid(name: str, keys: Mapping[str, Value]) -> bool:
+def _fault(name: str, keys: Mapping[str, Value]) -> str | None:
+    """Why a configuration that names a method and gives further keys is refused; None: it is not."""
     try:
-        from_flat({"method.name": name, **dict.fromkeys(METHODS[name].open, "*"), **keys})
-    except ConfigError:
-        return False
-    return True
+        from_flat({"method.name": name, **dict.fromkeys(METHODS[name].open, "*"), **keys}, name)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _classes(values: Mapping[str, Value]) -> dict[str, type[Estimator] | type[Structure] | type[Rule]]:

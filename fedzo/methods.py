@@ -51,6 +51,21 @@ METHODS: dict[str, Method] = {
     "one-point": Method("forward differences with one loss at theta for all queries", "one-point"),
     "p-rge": Method("zo-sgd with all queries and both signs in one forward pass", "p-rge"),
     "fzoo": Method("forward differences over the spread of their losses: steps of normalised length", "fzoo"),
+    "block-wise": Method("each query moves one block of layers alone", structure="block-wise"),
+    "lezo": Method("each query leaves most of the layers alone", structure="layer-wise"),
+    "lozo": Method(
+        "directions of low rank, one of whose factors is kept for a while",
+        structure="low-rank",
+        fixed={"method.directions": "gaussian"},
+    ),
+    "subzero": Method(
+        "small directions between orthonormal bases that are kept for a while",
+        structure="subspace",
+        fixed={"method.directions": "gaussian"},
+    ),
+    "deepzero": Method(
+        "forward differences entry by entry, for small spaces", "coordinate-wise", structure="coordinate"
+    ),
     "dizo": Method("now and then, steps along how far each parameter has drifted", optimizer="dizo"),
     "fedkseed": Method(
         "a fixed pool of seeds: theta is a sum over it, and no history needs to be kept",

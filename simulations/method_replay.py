@@ -45,7 +45,7 @@ from fedzo.run_folder import RunFolder
 CLIENTS, ROUNDS, LOCAL_STEPS = 4, 6, (1, 4)
 # Of each kind one of few entries, the first that a method is valid for. An adapter has matrices, in layers.
 SMALL: dict[str, dict[str, Value]] = {
-    "adapter": {"space.adapter": "lora", "space.rank": 1},
+    "adapter": {"space.adapter": "lora", "space.rank": 4},
     "sparse": {"space.density": 0.002},
     "full": {"space.include": "*norm*"},
     "scales": {"model.quantisation": "nf4", "space.include": "*v_proj*"},

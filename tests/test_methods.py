@@ -55,15 +55,14 @@ def test_a_run_replays_and_is_resumed_bit_for_bit(
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "answer", count)
-        ledger, server = simulation.run(chosen, tmp_path / "counted")
-        ledger.close()
+        ledger, server = simulation.run(chosen, tmp_path / "whole")
     rounds, size = ledger.spec.rounds, chosen.method.batch_size
     estimator, beside = ledger.spec.build_estimator(), sum(part.forwards for part in rules_of(chosen))
     told = [estimator.evaluated(3, size, member.examples) + beside * size for member in server.members.values()]
     assert counted == pytest.approx(rounds * sum(told))
     kept = sum(value.numel() * value.element_size() for value in server.replica.state.values())
     assert round(kept / 4 / ledger.spec.size) == facts(name).state
-    held = simulation.check(chosen, tmp_path, threads=False)
+    held = simulation.check(chosen, (ledger, server), tmp_path)
     assert all(held.values()), held
 
 
@@ -86,7 +85,8 @@ def test_local_steps_replay_or_are_refused(name: str, simulation: ModuleType, tm
         with pytest.raises(ConfigError, match=r"needs federation.local_steps = 1, found 4: \w+"):
             simulation.configured(name, **changes)
         return
-    held = simulation.check(simulation.configured(name, **changes), tmp_path, threads=False)
+    chosen = simulation.configured(name, **changes)
+    held = simulation.check(chosen, simulation.run(chosen, tmp_path / "whole"), tmp_path)
     assert all(held.values()), held
 
 

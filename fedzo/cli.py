@@ -553,7 +553,9 @@ def show_methods(
     (one,) = found
     _print_figures(row(one) | {"title": one.title} | ({"paper": one.paper} if one.paper else {}), False)
     for part in one.parts:
-        console.print(f"\n{part.kind} {part.name}: {part.source}\n  {part.formula}", markup=False)
+        console.print(f"\n{part.kind} {part.name}: {part.source}", markup=False)
+        for paragraph in (part.formula, *part.remarks):
+            console.print(f"  {paragraph}", markup=False)
     console.print("\nneeds:")
     for limit in one.limits:
         console.print(f"  {limit.wanted}: {limit.because}", markup=False)

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,14 @@ class Part:
         name: the key's value.
         source: paper and equation.
         formula: what it computes, the first paragraph of its documentation.
+        remarks: its further paragraphs.
     """
 
     kind: str
     name: str
     source: str
     formula: str
+    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,9 @@ def _classes(values: Mapping[str, Value]) -> dict[str, type[Estimator] | type[St
 
 
 def _part(kind: str, name: str, part: type[Estimator] | type[Structure] | type[Rule]) -> Part:
-    paragraph = (inspect.getdoc(part) or "").split("\n\n")[0]
-    return Part(kind.partition(".")[2], name, part.source, " ".join(paragraph.split()))
+    paragraphs = [" ".join(text.split()) for text in (inspect.getdoc(part) or "").split("\n\n")]
+    formula, *remarks = [text for text in paragraphs if not text.startswith(("Args:", "Attributes:", "Raises:"))]
+    return Part(kind.partition(".")[2], name, part.source, formula, tuple(remarks))
 
 
 def _forwards(kind: type[Estimator], values: Mapping[str, Value], beside: int) -> str:
@@ -188,7 +192,9 @@ def markdown() -> str:
     for found in every:
         title = f"{found.title[:1].upper()}{found.title[1:]}"
         lines += ["", f"### {found.name}", "", f"{title}{f' ({paper})' if (paper := found.paper) else ''}.", ""]
-        lines += [f"- {part.kind} `{part.name}`: {part.formula} {part.source}." for part in found.parts]
+        for part in found.parts:
+            text = f"- {part.kind} `{part.name}`: {part.formula} {part.source}."
+            lines += textwrap.wrap(text, 125, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     limits = dict.fromkeys(limit for found in every for limit in found.limits)
     reasons = [
         {

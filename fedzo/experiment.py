@@ -28,13 +28,13 @@ from fedzo.federation.replica import Replica, theta_digest
 from fedzo.federation.spec import PROTOCOL, RunSpec
 from fedzo.federation.worker import Worker
 from fedzo.models import EncoderClassifier, LoadedModel, add_adapter, add_head, load_model, prefix_activations
-from fedzo.optimizers import OPTIMIZERS
+from fedzo.optimizers import OPTIMIZERS, Schedule
 from fedzo.quantisation import COMPUTE_DTYPES, quantise
 from fedzo.sensitivity import forward_mask, sensitive_mask, text_batches
 from fedzo.spaces import Mask, TrainableSpace
 from fedzo.spaces.space import shape_of
 from fedzo.spaces.sparse import DRAWN
-from fedzo.step_size import LEAST_EXAMPLES, MOST_EXAMPLES, Averages, Probe, StepSize, pick, probe
+from fedzo.step_size import LEAST_EXAMPLES, MOST_EXAMPLES, Probe, Steps, StepSize, pick, probe
 from fedzo.structures import Layout
 from fedzo.tasks import EncodedDataset, Example, Reading, Splits, Task, build_task, load_splits, metrics, partition
 
@@ -333,7 +333,7 @@ class Experiment:
         kept += [self.mask.to_bytes()] if self.mask is not None else []
         return {artifact_name(data): data for data in kept}
 
-    @cached_property
+    @property
     def step_size(self) -> StepSize:
         """The learning rate that "auto" stands for.
 
@@ -342,7 +342,7 @@ class Experiment:
         """
         estimator, optimizer = ESTIMATORS[self.config.method.estimator], OPTIMIZERS[self.config.method.optimizer]
         rule = self.spec(1.0).build_rule(Layout.of(self.space))
-        return pick(self.probe, self._averages, estimator, rule, optimizer.normalised)
+        return pick(self.probe, self._steps, estimator, rule, optimizer.normalised)
 
     @cached_property
     def probe(self) -> Probe:
@@ -351,24 +351,28 @@ class Experiment:
         Raises:
             RunError: as `step_size.probe`.
         """
-        method, step = self.config.method, self._averages
+        method, steps = self.config.method, self._steps
         rule, theta, data = self.spec(1.0).build_rule(Layout.of(self.space)), self.theta0(), self.validation
         state = rule.init(theta)
-        count = min(max(step.examples, LEAST_EXAMPLES), MOST_EXAMPLES)
+        count = min(max(steps.examples, LEAST_EXAMPLES), MOST_EXAMPLES)
         chosen = choose(derive(self.config.seed, "probe"), len(data), count)
         return probe(
             self.evaluator.answer, theta,
             [data.batch(chosen[i : i + method.batch_size]) for i in range(0, len(chosen), method.batch_size)],
             lambda step: rule.directions(step, theta, state),
-            eps=method.eps, count=step.directions, seed=self.config.seed,
+            eps=method.eps, count=steps.directions, seed=self.config.seed,
         )  # fmt: skip
 
     @property
-    def _averages(self) -> Averages:
+    def _steps(self) -> Steps:
         method, federation = self.config.method, self.config.federation
         asked = federation.clients_per_round or max(1, round(len(self._parts) * (federation.client_rate or 1.0)))
         together, apart = (asked, 1) if federation.seeds == "shared" else (1, asked)
-        return Averages(method.queries * apart, method.batch_size * together, method.batch_size)
+        total = federation.rounds * federation.local_steps
+        shares = map(Schedule(method.schedule, 1.0, total, method.warmup_steps), range(total))
+        return Steps(
+            method.queries * apart, method.batch_size * together, method.batch_size, sum(share**2 for share in shares)
+        )
 
     def spec(self, learning_rate: float | None = None) -> RunSpec:
         """The header of this experiment's ledger.

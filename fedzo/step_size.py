@@ -22,12 +22,15 @@ MOST = 8
 _STEPS, _QUERIES = 4, 8
 # Examples of a probe, at least and at most.
 LEAST_EXAMPLES, MOST_EXAMPLES = 32, 128
-# A curvature is taken where the loss rises by this, about the distance of one good step and far above rounding.
-_RISE, _RUNGS = 3e-3, 8
+# Distances that are tried at most.
+_TRIES = 8
 # Of |gradient|^2 in E[g^2]: what so few queries cannot tell from 0.
 _LEAST_SIGNAL = 0.1
-# What a run takes of the best rate of its first step, and again where steps do not become shorter as the gradient does.
-SHARE, NORMALISED_SHARE = 0.3, 0.5
+# What a run takes of the best rate of its first step.
+SHARE = 0.4
+# Where a step's length does not depend on the gradient's: the share of the loss at theta0 that the steps of the whole
+# run would cost if they led nowhere.
+COST = 0.1
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Probe:
         gradient: norm of its gradient.
         noise: variance over the examples of their projected gradients along one direction.
         directions: D, those that a measured step was made of.
-        curvature: u'Hu, mean over such steps along u = sum_d g_d z_d / sqrt(sum_d g_d^2).
-        distance: the t of the points theta +- t u that it was measured at.
+        curvature: u'Hu, mean over such steps along u = sum_d g_d z_d / sqrt(sum_d g_d^2), at the points theta +- t u
+            where the loss is about a tenth (`COST`) above its start; at least the variance of the examples' slopes.
+        distance: t.
         forwards, examples: passes over a batch that it took, and examples of all batches together.
     """
 
@@ -63,18 +67,20 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Averages:
-    """What a step of a run averages over.
+class Steps:
+    """What the steps of a run are.
 
     Attributes:
-        directions: of an estimate.
+        directions: that an estimate averages over.
         examples: behind a direction's projected gradient.
         batch_size: of them from one client.
+        length: number of steps, each counted by the square of its share of the peak learning rate.
     """
 
     directions: int
     examples: int
     batch_size: int
+    length: float
 
 
 @dataclass(frozen=True)
@@ -92,18 +98,26 @@ class StepSize:
         )
 
 
-def pick(probe: Probe, step: Averages, estimator: type[Estimator], rule: Rule, normalised: bool) -> StepSize:
+def pick(probe: Probe, steps: Steps, estimator: type[Estimator], rule: Rule, normalised: bool) -> StepSize:
     """The rate to start a run with, two digits of it.
 
-    A step of a rule of normalised steps (``normalised``) has entries of about 1, where the estimate's are about
-    sqrt(E[g^2] / directions); an estimator's normalised scalars are about 1 where a client's are sqrt(E[g^2]).
+    Of plain SGD a share of the best rate of the first step: later ones become shorter as the gradient does. Steps of
+    normalised length do not, and their rate is theirs that cost a share of the loss, lr^2 u'Hu / 2 each: the step size
+    of signSGD (Bernstein et al., arXiv 1802.04434, theorem 1).
+
+    Args:
+        normalised: the rule's steps have entries of about 1 (`Rule.normalised`). Those of an estimator's normalised
+            scalars, about 1 at each client, have entries of about 1 / sqrt(directions).
     """
-    rate = SHARE * probe.best(step.examples) / rule.gain
+    cost = math.sqrt(2.0 * COST * probe.loss / (probe.curvature * steps.length))
     if normalised:
-        rate *= NORMALISED_SHARE * math.sqrt(probe.square(step.examples) / step.directions)
+        rate = cost
     elif estimator.normalised:
-        rate *= NORMALISED_SHARE * math.sqrt(probe.square(step.batch_size))
-    return StepSize(float(f"{rate:.2g}"), probe)
+        entry = probe.square(steps.examples) / probe.square(steps.batch_size) / steps.directions
+        rate = cost / math.sqrt(entry)
+    else:
+        rate = SHARE * probe.best(steps.examples)
+    return StepSize(float(f"{rate / rule.gain:.2g}"), probe)
 
 
 @dataclass(frozen=True)
@@ -162,35 +176,36 @@ def probe(
         forwards += len(offsets) * len(along) * len(batches)
         requests = [LossRequest(theta, batch, offsets, tuple(along), among) for batch in batches]
         found: npt.NDArray[np.float64] = torch.cat([answer(r) for r in requests], dim=2).double().numpy()
-        if not np.isfinite(found).all():
-            raise RunError(
-                "the loss is not finite at the base model or beside it, so there is no learning rate to start from: "
-                'check model.compute_dtype and method.eps, and set method.learning_rate to a number instead of "auto"'
-            )
         return found
 
     loss = float(losses((0.0,), (0,), directions(0)).mean())
-    points = [losses((eps, -eps), seeds[k], directions(k)) for k in range(steps)]
-    slopes = [(p[:, 0] - p[:, 1]) / (2.0 * eps) for p in points]  # [steps][count, examples]
-    squares = np.array([float((s.mean(axis=1) ** 2).mean()) for s in slopes])
-    noise = float(np.mean([_variance(s) for s in slopes]))
-    examples, square = slopes[0].shape[1], float(squares.mean())
+    points = np.stack([losses((eps, -eps), seeds[k], directions(k)) for k in range(steps)])
+    if not (math.isfinite(loss) and np.isfinite(points).all()):
+        raise RunError(
+            "the loss is not finite at the base model or beside it, so there is no learning rate to start from: check "
+            'model.compute_dtype and method.eps, or set method.learning_rate to a number instead of "auto"'
+        )
+    slopes = (points[:, :, 0] - points[:, :, 1]) / (2.0 * eps)  # [steps, count, examples]
+    squares = (slopes.mean(axis=2) ** 2).mean(axis=1)  # [steps]
+    noise, square, examples = float(_variance(slopes).mean()), float(squares.mean()), slopes.shape[2]
     if square == 0.0:
         raise RunError(
             "the loss does not change along the run's directions, so there is no learning rate to start from: check "
             'space and task, and set method.learning_rate to a number instead of "auto"'
         )
-    sloping = [k for k in range(steps) if squares[k] > 0.0][:_STEPS]
-    weights = [slopes[k].mean(axis=1) / math.sqrt(count * squares[k]) for k in sloping]
-    moves = [Sum(directions(k), seeds[k], w.tolist()) for k, w in zip(sloping, weights, strict=True)]
-    least = max(eps, math.sqrt(2.0 * _RISE / noise)) if noise else eps  # a curvature is not taken below the noise
-    distance, rises = least, np.zeros(len(moves))
-    for rung in range(_RUNGS):
-        distance = least * 4.0**rung
+    sloping = np.flatnonzero(squares)[:_STEPS]
+    weights = slopes[sloping].mean(axis=2) / np.sqrt(count * squares[sloping, None])  # [steps, count]
+    fisher = _variance(np.einsum("kq,kqi->ki", weights, slopes[sloping]))
+    moves = [Sum(directions(k), seeds[k], w.tolist()) for k, w in zip(sloping.tolist(), weights, strict=True)]
+    wanted = COST * loss
+    following = math.sqrt(2.0 * wanted / noise) if noise else eps  # right where the noise is the curvature
+    for _ in range(_TRIES):
+        distance = following
         rises = np.array([losses((distance, -distance), (0,), move).mean() - loss for move in moves])
-        if rises.mean() > _RISE:
+        factor = math.sqrt(wanted / rise) if (rise := float(rises.mean())) > 0.0 else 4.0 if rise <= 0.0 else 0.25
+        if 0.7 < factor < 1.4:
             break
-    fisher = np.array([_variance(w @ slopes[k]) for k, w in zip(sloping, weights, strict=True)])
+        following = distance * min(max(factor, 0.25), 4.0)
     curvatures = np.maximum(2.0 * rises / distance**2, fisher)
     return Probe(
         loss=loss,

@@ -18,6 +18,11 @@ def multiply(out: Tensor, left: Tensor, right: Tensor, first: int = 0) -> Tensor
 
         product_cpu.multiply(out, left, right, first)
         return out
+    return multiply_plainly(out, left, right, first)
+
+
+def multiply_plainly(out: Tensor, left: Tensor, right: Tensor, first: int = 0) -> Tensor:
+    """`multiply` by torch's own operations, for any device."""
     columns = right.shape[1]
     for at in range(0, len(out), _CHUNK):
         places = torch.arange(first + at, first + min(at + _CHUNK, len(out)), device=out.device)

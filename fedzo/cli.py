@@ -304,6 +304,92 @@ def resume(run: RunPath, quiet: Quiet = False, as_json: Json = False) -> None:
 
 
 @app.command()
+def tune(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file.")],
+    budget: Annotated[int, typer.Option(min=1, help="Whole runs that all trials together may take.")],
+    ranges: Annotated[
+        list[str],
+        typer.Option(
+            "--tune",
+            metavar="KEY=LOW:HIGH[:log]",
+            help="Look for a key's value there; repeatable. The learning rate "
+            'is looked for within a factor of 10 of "auto" unless given.',
+        ),
+    ] = [],  # noqa: B006
+    override: Override = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option("--out", help="File for what was found; none: CONFIG-tuned.toml.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder of the trials; none: runs/tune-CONFIG.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Look for the learning rate, and other numbers, on validation data; the same command goes on after Ctrl-C."""
+    from fedzo.config import flatten, from_flat, load_config, to_toml
+    from fedzo.run_folder import write_atomically
+    from fedzo.tune import parse_range, search
+
+    base = load_config(config, override)
+    target, trials = (
+        out or config.with_name(f"{config.stem}-tuned.toml"),
+        folder or Path("runs") / f"tune-{config.stem}",
+    )
+    if target.exists() or not target.parent.is_dir():
+        state = "exists; give a file that does not" if target.exists() else "is in a directory that does not exist"
+        raise ConfigError(f"--out {target} {state}")
+    wanted = [parse_range(text, base) for text in ranges]
+    silent = quiet or as_json
+    with _loading(silent, "trials run"):
+        found = search(base.resolved(), wanted, budget, trials, (lambda _: None) if silent else _tell)
+    best = found.best
+    why = (
+        f"# {config.name} as `fedzo tune` found it: the best of {len(found.trials)} trials with {best.loss:.4f} after "
+        f"{best.rounds} rounds, by validation loss.\n"
+    )
+    write_atomically(target, why + to_toml(from_flat({**flatten(base), **best.values})))
+    _print_search(found, target, trials, as_json)
+
+
+def _tell(trial: Any) -> None:
+    values = ", ".join(f"{key} {value:g}" for key, value in trial.values.items())
+    errors.print(
+        f"trial {trial.number}: {values}: {trial.state} after {trial.rounds} rounds, validation loss {trial.loss:.4f}",
+        markup=False,
+    )
+
+
+def _print_search(found: Any, target: Path, folder: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from fedzo.run_folder import strict_json
+
+    total: dict[str, Any] = {
+        "config": str(target),
+        "folder": str(folder),
+        "trials": len(found.trials),
+        "best_trial": found.best.number,
+        **{key.replace("method.", ""): value for key, value in found.best.values.items()},
+        "validation_loss": found.best.loss,
+        "rounds": sum(trial.rounds for trial in found.trials),
+        "forwards": round(sum(trial.forwards for trial in found.trials)),
+        "validation_forwards": sum(trial.validation_forwards for trial in found.trials),
+        "probe_forwards": found.probe_forwards,
+    }
+    if as_json:
+        print(strict_json({**total, "table": [asdict(trial) for trial in found.trials]}))
+        return
+    columns = ["trial", *found.best.values, "state", "rounds", "validation loss", "forwards", "validation forwards"]
+    rows = [
+        [str(t.number), *(f"{value:g}" for value in t.values.values()), t.state, str(t.rounds), f"{t.loss:.4f}",
+         f"{t.forwards:,.0f}", f"{t.validation_forwards:,}"]
+        for t in found.trials
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in [columns, *rows]:
+        console.print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)), markup=False)
+    console.print()
+    _print_figures(total, False)
+
+
+@app.command()
 def replay(
     run: RunPath,
     out: Annotated[Path, typer.Option("--out", help="Directory for the export; must not exist.")],

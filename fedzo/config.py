@@ -362,6 +362,17 @@ class Config(Section):
             *([(OPTIMIZERS[method.first_order_optimizer], "first_order_optimizer")] if method.first_order else []),
         ]
 
+    @property
+    def step_forwards(self) -> float:
+        """Forward passes over a batch that a client's step takes, on average over a run's steps."""
+        total = 0.0
+        for part, _ in self.parts():
+            if issubclass(part, Estimator):
+                total += part(self.settings()).forwards(self.method.queries)
+            elif issubclass(part, Rule):
+                total += part.forwards
+        return total
+
     def settings(self) -> dict[str, Value]:
         """The keys of ``method`` that its parts read, by name."""
         names, values = sorted({name for part, _ in self.parts() for name in part.settings}), flatten(self)

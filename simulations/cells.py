@@ -17,9 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from fedzo import engine
-from fedzo.directions.base import Isotropic
-from fedzo.errors import FedzoError
-from fedzo.estimators import ESTIMATORS, Estimate, Query
+from fedzo.errors import ConfigError, FedzoError, SpaceError
 from fedzo.evaluation import Batch, losses_from_scores
 from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import RoundSummary
@@ -28,8 +26,15 @@ from fedzo.run_folder import RunFolder, strict_json, write_atomically
 from fedzo.runtime import keep_memory
 
 FACTOR = 3.0  # between neighbouring learning rates
-SLOPES, CURVATURES, LEAST_RISE = 8, 2, 3e-3  # directions of a probe; the curvature hardly differs between them
-PRELOAD = ["fedzo.engine", "transformers.models.auto.modeling_auto", "tensorboard.compat.proto.event_pb2"]
+LEAST_RISE = 3e-3  # of the loss, where a curvature is measured
+PRELOAD = [
+    "fedzo.engine",
+    "transformers.models.auto.modeling_auto",
+    "flwr_datasets.partitioner",
+    "tensorboard.summary.writer.record_writer",
+    "tensorboard.compat.proto.event_pb2",
+    "tensorboard.compat.proto.summary_pb2",
+]
 
 Result = dict[str, Any]
 
@@ -40,6 +45,10 @@ class Named(Protocol):
 
 
 C = TypeVar("C", bound=Named)
+
+
+class MissingError(Exception):
+    """A cell failed or has not been done; the message says which, or why."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +67,24 @@ class Player:
     start: str = "forkserver"
     describe: Callable[[Result], str] = str
 
-    def __call__(self, cell: Named) -> Result | None:
-        """None: the cell failed, or is not there to be read."""
-        path = self.out / f"{cell.name}.json"
+    def __call__(self, cell: Named) -> Result:
+        """The result.
+
+        Raises:
+            MissingError: there is none.
+        """
+        path, failed = self.out / f"{cell.name}.json", self.out / f"{cell.name}.failed"
         if not path.exists() and self.work is not None:
-            self._failed(cell).unlink(missing_ok=True)
+            failed.unlink(missing_ok=True)
             code = apart(self.start, _do, cell, self.work, self.out)
-            if not path.exists() and not self.fault(cell):
+            if not path.exists() and not failed.exists():
                 note_failure(self.out, cell, f"its process ended with exit code {code}")
-            done = self.describe(json.loads(path.read_text())) if path.exists() else f"failed: {self.fault(cell)}"
+            done = self.describe(json.loads(path.read_text())) if path.exists() else failed.read_text().strip()
             print(f"{cell.name}: {done}", flush=True)
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def fault(self, cell: Named) -> str:
-        """Why a cell failed; "" when it did not, or has not been tried."""
-        path = self._failed(cell)
-        return path.read_text().strip() if path.exists() else ""
-
-    def _failed(self, cell: Named) -> Path:
-        return self.out / f"{cell.name}.failed"
+        if not path.exists():
+            raise MissingError(failed.read_text().strip() if failed.exists() else f"{cell.name} has not been done")
+        found: Result = json.loads(path.read_text())
+        return found
 
 
 def apart(start: str, function: Callable[..., object], *arguments: object) -> int | None:
@@ -94,23 +102,27 @@ def apart(start: str, function: Callable[..., object], *arguments: object) -> in
     return process.exitcode  # type: ignore[no-any-return]
 
 
-def note_failure(out: Path, cell: Named, reason: str) -> None:
-    """Writes why a cell failed, in one line."""
+def note_failure(out: Path, cell: Named, error: Exception | str) -> None:
+    """Writes why a cell failed, in one line; a configuration or space that cannot be is no failure of the program."""
+    kind = "not valid" if isinstance(error, ConfigError | SpaceError) else "failed"
+    known = isinstance(error, str | FedzoError)
+    reason = f"{kind}: {error}" if known else f"{kind}: {type(error).__name__}: {error}"
     write_atomically(out / f"{cell.name}.failed", " ".join(reason.split()) + "\n")
 
 
 def _do(cell: Named, work: Callable[[Any], Result], out: Path) -> None:
     """A process of its own."""
     keep_memory()
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     try:
         result = work(cell)
-    except FedzoError as error:
-        return note_failure(out, cell, str(error))
     except Exception as error:
-        note_failure(out, cell, f"{type(error).__name__}: {error}")
-        raise
-    write_atomically(out / f"{cell.name}.json", strict_json(result | {"seconds": time.perf_counter() - started}))
+        note_failure(out, cell, error)
+        if not isinstance(error, FedzoError):
+            raise
+    else:
+        took = {"seconds": time.perf_counter() - started[0], "cpu_seconds": time.process_time() - started[1]}
+        write_atomically(out / f"{cell.name}.json", strict_json(result | took))
 
 
 class Clock:
@@ -119,28 +131,19 @@ class Clock:
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def round(self, summary: RoundSummary) -> None:
-        self.tick()
-
-    def evaluation(self, rounds: int, split: str, metrics: dict[str, float]) -> None:
-        pass
-
-    def tick(self) -> None:
+    def round(self, summary: RoundSummary | None) -> None:
         self.times.append(time.process_time())
+
+    def evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:
+        pass
 
     def seconds_a_round(self) -> float:
         """The median, so that rounds with an evaluation between them do not count."""
         return float(np.median(np.diff(self.times))) if len(self.times) > 1 else math.nan
 
 
-def open_run(path: Path, experiment: Experiment) -> RunFolder:
-    """The folder of a run, a new one where there is none."""
-    return RunFolder.open(path) if (path / "config.toml").is_file() else RunFolder.create(path, experiment.config)
-
-
-def train(experiment: Experiment, folder: RunFolder) -> tuple[Result, Ledger]:
+def train(experiment: Experiment, folder: RunFolder, clock: Clock) -> tuple[Result, Ledger]:
     """A run, to its end: its result, and its ledger, open."""
-    clock = Clock()
     ledger = engine.run(experiment, folder, [clock])
     return {
         "trainable": ledger.spec.size,
@@ -155,34 +158,6 @@ def train(experiment: Experiment, folder: RunFolder) -> tuple[Result, Ledger]:
 def mean_loss(experiment: Experiment, theta: Tensor, batch: Batch) -> float:
     """Over the batch, at theta."""
     return float(losses_from_scores(experiment.evaluator.scores(theta, batch), batch.labels.cpu()).double().mean())
-
-
-def probe(experiment: Experiment, examples: int) -> Result:
-    """The learning rate to start from: share of signal in g^2, over z'Hz, at theta0 and a round's examples."""
-    theta, data, method = experiment.theta0(), experiment.client_data(0), experiment.config.method
-    batch = data.batch(np.arange(min(examples, len(data))))
-    estimator, directions = ESTIMATORS["two-point"](), Isotropic(method.directions)
-
-    def query(count: int, eps: float) -> Estimate:
-        steps = estimator.estimate(Query(theta, batch, tuple(range(count)), eps, 0, directions))
-        try:
-            request = next(steps)
-            while True:
-                request = steps.send(experiment.evaluator.answer(request))
-        except StopIteration as stop:
-            estimate: Estimate = stop.value
-            return estimate
-
-    projected = query(SLOPES, method.eps).projected
-    square = float((projected.mean(1) ** 2).mean())
-    fisher = float(projected.var(1, ddof=1).mean())
-    signal = max(1 - fisher / len(batch) / square, 0.1)
-    eps, second = second_difference(
-        lambda eps: query(CURVATURES, eps).loss - mean_loss(experiment, theta, batch), method.eps
-    )
-    curvature = max(second, fisher)
-    return {"learning_rate": signal / curvature, "gradient": math.sqrt(square), "signal": signal,
-            "curvature": curvature, "eps": eps}  # fmt: skip
 
 
 def second_difference(rise: Callable[[float], float], eps: float) -> tuple[float, float]:
@@ -214,35 +189,35 @@ def _read(metric: float | None) -> float:
     return math.inf if metric is None else metric
 
 
-def next_exponent(tried: Mapping[int, float]) -> int:
-    """Where to look next, in powers of the factor: the untried neighbour of the lowest loss, the smaller one first."""
+def next_exponent(tried: Mapping[int, float], up: bool = False) -> int:
+    """Where to look next, in powers of the factor: the untried neighbour of the lowest loss.
+
+    Of two such the smaller one first, with `up` the larger.
+    """
     best = min(tried, key=lambda k: tried[k], default=0)
-    return min({best + d for d in range(-len(tried), len(tried) + 1)} - set(tried), key=lambda k: (abs(k - best), k))
+    near = {best + d for d in range(-len(tried), len(tried) + 1)} - set(tried)
+    return min(near, key=lambda k: (abs(k - best), -k if up else k))
 
 
-def tune(play: Callable[[C], Result | None], start: C, trial: Callable[[float], C], trials: int) -> float | None:
+def tune(play: Callable[[C], Result], start: C, trial: Callable[[float], C], trials: int, up: bool = False) -> float:
     """The learning rate with the lowest validation loss at the end of its trial.
 
     Args:
+        play: gives a cell's result.
         start: the cell whose result says where to begin.
         trial: the cell that tries a learning rate.
         trials: how many, each beside the best so far.
+        up: larger rates first, where the first one is a careful one.
 
-    Returns:
-        None when a part of the search failed or is not there.
+    Raises:
+        MissingError: a part of the search failed or is not there.
     """
-    found = play(start)
-    if found is None:
-        return None
+    first: float = play(start)["learning_rate"]
     losses: dict[int, float] = {}
     for _ in range(trials):
-        exponent = next_exponent(losses)
-        result = play(trial(found["learning_rate"] * FACTOR**exponent))
-        if result is None:
-            return None
-        losses[exponent] = endpoints(result["validation"], "loss")[1]
-    best: int = min(losses, key=lambda k: losses[k])
-    return float(found["learning_rate"] * FACTOR**best)
+        exponent = next_exponent(losses, up)
+        losses[exponent] = endpoints(play(trial(first * FACTOR**exponent))["validation"], "loss")[1]
+    return first * FACTOR ** min(losses, key=lambda k: losses[k])
 
 
 def curve(runs: Sequence[Result], split: str, name: str, forwards: float) -> list[tuple[float, float, float, float]]:

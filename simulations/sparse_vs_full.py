@@ -28,24 +28,42 @@ import fedzo  # noqa: F401  # isort: skip  (before torch: it sets what OpenMP re
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Player, Result, curve, endpoints, open_run, percent, probe, train, tune
+import numpy as np
+from cells import (
+    Clock,
+    MissingError,
+    Player,
+    Result,
+    curve,
+    endpoints,
+    mean_loss,
+    percent,
+    second_difference,
+    train,
+    tune,
+)
 
 from fedzo.config import Config, flatten, from_flat, load_config
+from fedzo.directions.base import Isotropic
+from fedzo.estimators import ESTIMATORS, Estimate, Query
 from fedzo.experiment import Experiment
-from fedzo.run_folder import write_atomically
+from fedzo.run_folder import RunFolder, write_atomically
 
 CLIENTS, BATCH = 2, 16
 FORWARDS_A_ROUND = 2 * CLIENTS
 TUNING_SEED = 1000
+SLOPES, CURVATURES = 8, 2  # directions of a probe; the curvature hardly differs between them
 
 Pair = tuple[str, str]
 
@@ -127,12 +145,42 @@ class Cell:
         return from_flat(flat | dict(size), self.name).resolved()
 
 
+def probe(experiment: Experiment) -> Result:
+    """The learning rate to start from: share of signal in g^2, over z'Hz, at theta0 and a round's examples."""
+    theta, data, method = experiment.theta0(), experiment.client_data(0), experiment.config.method
+    batch = data.batch(np.arange(min(CLIENTS * BATCH, len(data))))
+    estimator, directions = ESTIMATORS["two-point"](), Isotropic(method.directions)
+
+    def query(count: int, eps: float) -> Estimate:
+        steps = estimator.estimate(Query(theta, batch, tuple(range(count)), eps, 0, directions))
+        try:
+            request = next(steps)
+            while True:
+                request = steps.send(experiment.evaluator.answer(request))
+        except StopIteration as stop:
+            estimate: Estimate = stop.value
+            return estimate
+
+    projected = query(SLOPES, method.eps).projected
+    square = float((projected.mean(1) ** 2).mean())
+    fisher = float(projected.var(1, ddof=1).mean())
+    signal = max(1 - fisher / len(batch) / square, 0.1)
+    eps, second = second_difference(
+        lambda eps: query(CURVATURES, eps).loss - mean_loss(experiment, theta, batch), method.eps
+    )
+    curvature = max(second, fisher)
+    return {"learning_rate": signal / curvature, "gradient": math.sqrt(square), "signal": signal,
+            "curvature": curvature, "eps": eps}  # fmt: skip
+
+
 def work(cell: Cell, size: Mapping[str, Any], out: Path) -> Result:
     """Does a cell."""
     experiment = Experiment(cell.config(size))
     if cell.kind == "probe":
-        return probe(experiment, CLIENTS * BATCH)
-    result, ledger = train(experiment, open_run(out / "runs" / cell.name, experiment))
+        return probe(experiment)
+    path = out / "runs" / cell.name
+    folder = RunFolder.open(path) if (path / "config.toml").is_file() else RunFolder.create(path, experiment.config)
+    result, ledger = train(experiment, folder, Clock())
     ledger.close()
     return result
 
@@ -223,10 +271,17 @@ def main() -> None:
 
     def tuned(pair: Pair) -> float | None:
         forwards = args.trial_forwards or SUBJECTS[pair[0]].trial_forwards
-        return tune(
-            play, Cell("probe", *pair, TUNING_SEED),
-            lambda rate: Cell("trial", *pair, TUNING_SEED, forwards, rate), args.trials,
-        )  # fmt: skip
+        with suppress(MissingError):
+            return tune(
+                play, Cell("probe", *pair, TUNING_SEED),
+                lambda rate: Cell("trial", *pair, TUNING_SEED, forwards, rate), args.trials,
+            )  # fmt: skip
+        return None
+
+    def result(cell: Cell) -> Result | None:
+        with suppress(MissingError):
+            return play(cell)
+        return None
 
     encoders = {name for name, s in SUBJECTS.items() if load_config(Path(s.config)).model.kind == "encoder"}
     pairs = [
@@ -245,7 +300,7 @@ def main() -> None:
             for pair, rate in rates.items()
             if rate is not None
         ]
-        results = dict(zip(cells, threads.map(play, cells), strict=True))
+        results = dict(zip(cells, threads.map(result, cells), strict=True))
     rows = []
     for pair, rate in rates.items():
         runs = [r for cell, r in results.items() if r is not None and (cell.subject, cell.method) == pair]

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from fedzo.errors import ProtocolError
+from fedzo.errors import DivergedError, ProtocolError
 from fedzo.estimators import Estimate, Query
 from fedzo.evaluation import Batch, GradientRequest, Request
 from fedzo.federation.messages import Behind, Contribution, Failure, Hello, Plan
@@ -104,9 +104,12 @@ class Worker:
             if not all(np.isfinite(found).all() for found in (scalars[k], losses, gradients[k])):
                 return Failure(plan.run_id, plan.round, self.client, "not-finite")
             own = Records(step, seeds, scalars[k : k + 1], gradients[k : k + 1] if rule.ranges else None)
-            scalars[k] = yield from rule.settle(theta, state, batch, own)  # own is a view of them
-            if k + 1 < steps:
-                state = rule.apply(theta, state, [own])
+            try:
+                scalars[k] = yield from rule.settle(theta, state, batch, own)  # own is a view of them
+                if k + 1 < steps:
+                    state = rule.apply(theta, state, [own])
+            except DivergedError:
+                return Failure(plan.run_id, plan.round, self.client, "not-finite")
         return Contribution(
             plan.run_id, plan.round, self.client, plan.seeds, scalars, len(self.data), losses,
             gradients if rule.ranges else None,

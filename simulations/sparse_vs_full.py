@@ -14,11 +14,8 @@ other methods must beat.
 
 The learning rate is chosen for each method on validation loss, with one budget for all: a start from a probe, then
 `--trials` runs of `--trial-forwards` forwards with a seed that no reported run has, each a factor 3 away from the best
-rate so far. The start is what lowers the loss most in one step, |gradient|^2 / (E[g^2] z'Hz), with g the projected
-gradient on a round's examples (so E[g^2] is |gradient|^2 plus the variance from sampling them) and z'Hz the curvature
-along a random direction, or the examples' own E[g^2] where that is larger: the empirical Fisher stands for a Hessian
-that is flat only at the start. The test split is absent from probes and trials; reported runs evaluate it first and
-last, and validation data in between.
+rate so far. The start is what method.learning_rate = "auto" takes (docs/step-size.md). The test split is absent from
+probes and trials; reported runs evaluate it first and last, and validation data in between.
 
 Every run is a process with one thread; its result is a JSON file under --out, so that a stopped comparison goes on
 where it was. Writes table.md and accuracy.png there and ends with one line of JSON.
@@ -28,42 +25,25 @@ import fedzo  # noqa: F401  # isort: skip  (before torch: it sets what OpenMP re
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from cells import (
-    Clock,
-    MissingError,
-    Player,
-    Result,
-    curve,
-    endpoints,
-    mean_loss,
-    percent,
-    second_difference,
-    train,
-    tune,
-)
+from cells import Clock, MissingError, Player, Result, curve, endpoints, percent, train, tune
 
 from fedzo.config import Config, flatten, from_flat, load_config
-from fedzo.directions.base import Isotropic
-from fedzo.estimators import ESTIMATORS, Estimate, Query
 from fedzo.experiment import Experiment
 from fedzo.run_folder import RunFolder, write_atomically
 
 CLIENTS, BATCH = 2, 16
 FORWARDS_A_ROUND = 2 * CLIENTS
 TUNING_SEED = 1000
-SLOPES, CURVATURES = 8, 2  # directions of a probe; the curvature hardly differs between them
 
 Pair = tuple[str, str]
 
@@ -145,39 +125,11 @@ class Cell:
         return from_flat(flat | dict(size), self.name).resolved()
 
 
-def probe(experiment: Experiment) -> Result:
-    """The learning rate to start from: share of signal in g^2, over z'Hz, at theta0 and a round's examples."""
-    theta, data, method = experiment.theta0(), experiment.client_data(0), experiment.config.method
-    batch = data.batch(np.arange(min(CLIENTS * BATCH, len(data))))
-    estimator, directions = ESTIMATORS["two-point"](), Isotropic(method.directions)
-
-    def query(count: int, eps: float) -> Estimate:
-        steps = estimator.estimate(Query(theta, batch, tuple(range(count)), eps, 0, directions))
-        try:
-            request = next(steps)
-            while True:
-                request = steps.send(experiment.evaluator.answer(request))
-        except StopIteration as stop:
-            estimate: Estimate = stop.value
-            return estimate
-
-    projected = query(SLOPES, method.eps).projected
-    square = float((projected.mean(1) ** 2).mean())
-    fisher = float(projected.var(1, ddof=1).mean())
-    signal = max(1 - fisher / len(batch) / square, 0.1)
-    eps, second = second_difference(
-        lambda eps: query(CURVATURES, eps).loss - mean_loss(experiment, theta, batch), method.eps
-    )
-    curvature = max(second, fisher)
-    return {"learning_rate": signal / curvature, "gradient": math.sqrt(square), "signal": signal,
-            "curvature": curvature, "eps": eps}  # fmt: skip
-
-
 def work(cell: Cell, size: Mapping[str, Any], out: Path) -> Result:
     """Does a cell."""
     experiment = Experiment(cell.config(size))
     if cell.kind == "probe":
-        return probe(experiment)
+        return {"learning_rate": experiment.step_size.learning_rate, **asdict(experiment.probe)}
     path = out / "runs" / cell.name
     folder = RunFolder.open(path) if (path / "config.toml").is_file() else RunFolder.create(path, experiment.config)
     result, ledger = train(experiment, folder, Clock())

@@ -48,7 +48,7 @@ def test_a_comparison_and_its_report(
 
     start = result(simulation.Cell("probe", *pair, seed))
     rate = start["learning_rate"]
-    assert 0 < rate < 1e3 and 0.1 <= start["signal"] <= 1
+    assert 0 < rate < 1e3 and start["curvature"] > 0
     trial = result(simulation.Cell("trial", *pair, seed, 8, rate))
     assert trial["test"] == {} and list(trial["validation"]) == ["0", "2"]
     run = result(simulation.Cell("run", *pair, 0, 16, rate))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedzo import directions, engine
 from fedzo.directions import FAMILIES, numba_cpu, philox, reference
-from fedzo.errors import SpaceError
+from fedzo.errors import DivergedError, SpaceError
 from fedzo.experiment import Experiment
 from fedzo.federation.artifact import pack_values, unpack_values
 from fedzo.federation.coordinator import Coordinator, RoundSummary, replay
@@ -202,7 +202,7 @@ def test_bad_arguments_change_nothing() -> None:
         with pytest.raises(ValueError, match=message):
             directions.replay_rounded(*arguments)
     coefficients[1, 1] = np.inf
-    with pytest.raises(directions.RunError, match="coefficient 4 of 6 is inf"):
+    with pytest.raises(DivergedError, match="coefficient 4 of 6 is inf"):
         directions.replay_rounded(theta, seeds, coefficients, "rademacher", rounding)
     assert (bits(theta) == before).all()
 

@@ -8,10 +8,11 @@ over more examples and those that a rule takes beside its estimator, so a method
 embeddings are frozen, an encoder's new head is trained by all. Both models start where there is something to learn: the
 encoder from the features of the label texts as its head, the language model from the bare sentence as its prompt.
 
-The learning rate of each method, scheme and task is chosen on validation loss: from what "auto" makes of one probe for
-all, `--trials` shorter runs, each a factor 3 away from the best rate so far, with a seed that no reported run has. All
-else is fedzo's default (what is counted in steps is made to fit the run: `KEYS`). The test split is absent from trials.
-One seed is run of every method, all of them of each task's `--best` by validation loss.
+The learning rate of each method, scheme and task is chosen on validation loss: from the best one of a first step, by
+the rule of "auto" and one probe for all, `--trials` shorter runs, each a factor 3 away from the best so far, larger
+ones first, with a seed that no reported run has. All else is fedzo's default (what is counted in steps is made to fit
+the run: `KEYS`). The test split is absent from trials. One seed is run of every method, all of them of each task's
+`--best` by validation loss.
 
 `backprop-sgd` and `backprop-adam` are the reference: the same clients, batches and number of trials; a forward and
 backward pass counts as 3 forwards, and a client sends its gradient. Of each task's best method a run of `--long` times
@@ -62,20 +63,20 @@ from zo_tables import Pair, best, goals, pair_of, plot, row, table, unreached
 from fedzo import engine
 from fedzo.config import Config, flatten, from_flat, load_config
 from fedzo.errors import ConfigError
-from fedzo.estimators import ESTIMATORS, Estimator
+from fedzo.estimators import ESTIMATORS
 from fedzo.evaluation import Batch, GradientRequest, LossRequest
 from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.randomness import choose, derive
 from fedzo.limits import AtLeast
 from fedzo.methods import METHODS, Method
-from fedzo.optimizers import OPTIMIZERS, Rule, Schedule
+from fedzo.optimizers import OPTIMIZERS, Schedule
 from fedzo.registry import lookup
 from fedzo.report import summarise
 from fedzo.run_folder import RunFolder, strict_json, write_atomically
 from fedzo.runtime import keep_memory
 from fedzo.spaces.sparse import DRAWN
-from fedzo.step_size import Probe
+from fedzo.step_size import SHARE, Probe
 from fedzo.structures import STRUCTURES
 
 CLIENTS, BATCH = 2, 8
@@ -151,6 +152,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "scales": {"space.kind": "scales", "model.quantisation": "nf4"},
     "codes": {"space.kind": "codes", "model.quantisation": "int8"},
 }
+
+# What theta0 is evaluated and probed with, where that is not zo-sgd.
+PLAIN = {"codes": "quzo"}
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,7 @@ class Cell:
             "method.schedule": "linear",
             "federation.seeds": "shared",
             "evaluation.limit": options.validation,
+            "evaluation.divergence": 0.0,
             "runtime.threads": 1,
             "runtime.device": "cpu",
             "runtime.evaluation": "paired",
@@ -286,30 +291,21 @@ def least_queries(method: Method) -> int:
 
 
 def step_forwards(config: Config) -> float:
-    """Forward passes over a batch that a client's step takes, on average over a run."""
-    queries, batch_size, examples = config.method.queries, config.method.batch_size, config.data.limit // CLIENTS
-    total = 0.0
-    for part, _ in config.parts():
-        if issubclass(part, Estimator):
-            total += part(config.settings()).evaluated(queries, batch_size, examples) / batch_size
-        elif issubclass(part, Rule):
-            total += part.forwards
-    return total
+    """Forward passes over a batch that a client's step takes, on average over a run; of more examples as many more."""
+    method = config.method
+    estimator = ESTIMATORS[method.estimator](config.settings())
+    examples = estimator.evaluated(method.queries, method.batch_size, config.data.limit // CLIENTS)
+    return config.step_forwards + examples / method.batch_size - estimator.forwards(method.queries)
 
 
 def start_of(cell: Cell) -> Cell:
     """The evaluation of theta0, which all methods share."""
-    return Cell("start", cell.task, cell.scheme, "zo-sgd", cell.seed)
+    return Cell("start", cell.task, cell.scheme, PLAIN.get(cell.scheme, "zo-sgd"), cell.seed)
 
 
-def slopes_of(cell: Cell, options: Options) -> Cell:
-    """The probe of the loss, of the first method that is valid with the scheme: E[z z'] is the identity for all."""
-    for method in METHODS:
-        found = replace(cell, kind="slopes", method=method)
-        with suppress(ConfigError):
-            found.config(options)
-            return found
-    return replace(cell, kind="slopes")
+def slopes_of(cell: Cell) -> Cell:
+    """The probe of the loss, which all methods share: E[z z'] is the identity for all."""
+    return replace(start_of(cell), kind="slopes")
 
 
 def work(cell: Cell, experiment: Experiment, options: Options) -> Result:
@@ -323,10 +319,10 @@ def work(cell: Cell, experiment: Experiment, options: Options) -> Result:
     if cell.kind == "probe":
         if cell.method in REFERENCES:
             return {"learning_rate": reference_rate(experiment, cell.method)}
-        found = read(slopes_of(cell, options))
+        found = read(slopes_of(cell))
         seen = Probe(**{field.name: found[field.name] for field in fields(Probe)})
         experiment.probe = replace(seen, directions=config.method.queries)
-        return {"learning_rate": experiment.step_size.learning_rate}
+        return {"learning_rate": experiment.step_size.learning_rate / SHARE}
     start = read(start_of(cell))
     theta, batch = experiment.theta0(), experiment.client_data(0).batch(np.arange(BATCH))
     experiment.evaluator.answer(LossRequest(theta, batch, (1e-3, -1e-3)))  # a fork has the pages of libraries to load
@@ -473,7 +469,7 @@ def tune_all(play: Player, options: Options, pairs: Sequence[Pair]) -> None:
     for pair in pairs:
         with suppress(MissingError):
             if pair[2] not in REFERENCES:
-                play(slopes_of(Cell("probe", *pair, TUNING_SEED), options))
+                play(slopes_of(Cell("probe", *pair, TUNING_SEED)))
             tuned(play, options, pair)
 
 
@@ -544,7 +540,7 @@ class Comparison:
 
     def _fault(self, pair: Pair) -> str:
         """Why nothing of a task with a scheme could be done."""
-        starts = [Cell("start", *pair[:2], "zo-sgd", seed) for seed in (TUNING_SEED, 0)]
+        starts = [start_of(Cell("run", *pair, seed)) for seed in (TUNING_SEED, 0)]
         failed = [path for start in starts if (path := self.options.out / f"{start.name}.failed").exists()]
         return failed[0].read_text().strip() if failed else ""
 
@@ -557,7 +553,7 @@ class Comparison:
         """Trials and the first seed of some methods of one task and scheme."""
         untuned = [pair for pair in pairs if not self._is_tuned(pair)]
         if untuned:
-            start = Cell("start", *pairs[0][:2], "zo-sgd", TUNING_SEED)
+            start = start_of(Cell("probe", *pairs[0], TUNING_SEED))
             apart("forkserver", hold, self.options, start, partial(tune_all, options=self.options, pairs=untuned))
         self._hold([self._run(pair, 0) for pair in pairs if self._is_tuned(pair)])
 

@@ -84,6 +84,14 @@ def test_every_method_is_configured_or_refused_with_a_reason(tmp_path: Path, met
         assert set(refused) == set(zo_bench.SCHEMES) - {"scales"} and "space.kind" in refused["full"]
 
 
+def test_a_trial_and_a_run_have_evaluations_of_their_own(tmp_path: Path) -> None:
+    every = {
+        kind: Cell(kind, "embedded", "full", "zo-sgd", 0, 64).config(options(tmp_path)).evaluation.every
+        for kind in ("trial", "run", "long")
+    }
+    assert every == {"trial": 0, "run": 32 // 4, "long": 32 // 16}
+
+
 def test_a_step_beyond_the_budget_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one step takes 8 forward passes, more than the budget of 7"):
         Cell("run", "embedded", "full", "fzoo", 0, 7).config(options(tmp_path))
@@ -115,14 +123,11 @@ def test_rates_are_looked_for_upwards() -> None:
     assert cells.next_exponent({0: 1.0, 1: math.inf}, up=True) == -1
 
 
-def test_methods_share_the_probe_of_one_that_is_valid(tmp_path: Path) -> None:
-    for scheme, method, probed in (
-        ("lora", "zo-adam", "zo-sgd"),
-        ("full", "fzoo", "zo-sgd"),
-        ("codes", "quzo", "quzo"),
-    ):
-        cell = Cell("probe", "embedded", scheme, method, 1000)
-        assert zo_bench.slopes_of(cell, options(tmp_path)) == Cell("slopes", "embedded", scheme, probed, 1000)
+def test_methods_share_what_is_found_at_the_start(tmp_path: Path) -> None:
+    for scheme in zo_bench.SCHEMES:
+        shared = [zo_bench.slopes_of(Cell("probe", "embedded", scheme, m, 1000)) for m in ("fzoo", "zo-adam", "quzo")]
+        assert len(set(shared)) == 1 and shared[0].name.startswith("slopes-")
+        assert shared[0].config(options(tmp_path)).space.kind == zo_bench.SCHEMES[scheme]["space.kind"]
 
 
 def test_the_level_is_found_between_evaluations() -> None:

@@ -131,6 +131,18 @@ def test_same_ledger_as_without_flower(tmp_path: Path, head: bytes) -> None:
     assert RunFolder.open(tmp_path).load_config() == tiny()
 
 
+def test_the_server_picks_the_learning_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny(method__learning_rate="auto", federation__rounds=1)
+    with engine.run(Experiment(config), RunFolder.create(tmp_path / "local", config)) as ledger:
+        head, rate = ledger.head, ledger.spec.learning_rate
+    serve(config, tmp_path / "flower")
+    assert head_of(tmp_path / "flower") == head
+    assert RunFolder.open(tmp_path / "flower").load_config() == config.with_learning_rate(rate)
+    assert f"fedzo: learning rate {rate:.2g}: " in capsys.readouterr().out
+    serve(config, tmp_path / "flower")  # its run-config still says "auto"
+    assert head_of(tmp_path / "flower") == head and "learning rate" not in capsys.readouterr().out
+
+
 def test_goes_on_with_a_run_begun_without_flower(tmp_path: Path, head: bytes) -> None:
     class StopError(Exception):
         pass

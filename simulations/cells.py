@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from torch import Tensor
 
 from fedzo import engine
 from fedzo.errors import ConfigError, FedzoError, SpaceError
-from fedzo.evaluation import Batch, losses_from_scores
 from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.ledger import Ledger
@@ -26,7 +24,6 @@ from fedzo.run_folder import RunFolder, strict_json, write_atomically
 from fedzo.runtime import keep_memory
 
 FACTOR = 3.0  # between neighbouring learning rates
-LEAST_RISE = 3e-3  # of the loss, where a curvature is measured
 PRELOAD = [
     "fedzo.engine",
     "transformers.models.auto.modeling_auto",
@@ -88,7 +85,7 @@ class Player:
 
 
 def apart(start: str, function: Callable[..., object], *arguments: object) -> int | None:
-    """Calls a function in a process of its own, to its end; that process's exit code.
+    """Calls a function in a process of its own, to its end; that process's exit code, or None where it did not start.
 
     Args:
         start: "forkserver": a new process with the imports of `PRELOAD`; "fork": one with all that this one holds.
@@ -97,7 +94,10 @@ def apart(start: str, function: Callable[..., object], *arguments: object) -> in
     if start == "forkserver":
         context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=function, args=arguments)
-    process.start()
+    try:
+        process.start()
+    except (EOFError, OSError):  # the server of forks was killed; the next call starts another
+        return None
     process.join()
     return process.exitcode  # type: ignore[no-any-return]
 
@@ -153,29 +153,6 @@ def train(experiment: Experiment, folder: RunFolder, clock: Clock) -> tuple[Resu
         "validation": dict(sorted(ledger.evaluations("validation").items())),
         "test": dict(sorted(ledger.evaluations("test").items())),
     }, ledger
-
-
-def mean_loss(experiment: Experiment, theta: Tensor, batch: Batch) -> float:
-    """Over the batch, at theta."""
-    return float(losses_from_scores(experiment.evaluator.scores(theta, batch), batch.labels.cpu()).double().mean())
-
-
-def second_difference(rise: Callable[[float], float], eps: float) -> tuple[float, float]:
-    """u'Hu along a direction u, from how far the mean of the losses at +/- eps u is above the one in the middle.
-
-    It is taken with the least of eps, 4 eps, ... at which the loss rises by `LEAST_RISE`: about the distance of one
-    good step, and far above rounding.
-
-    Returns:
-        That eps, and u'Hu.
-    """
-    found = 0.0
-    for rung in range(8):
-        at = eps * 4.0**rung
-        found = rise(at)
-        if found > LEAST_RISE:
-            break
-    return at, 2 * found / at**2
 
 
 def endpoints(evaluations: Mapping[str, Any], name: str) -> tuple[float, float]:

@@ -50,9 +50,7 @@ from cells import (
     Result,
     apart,
     endpoints,
-    mean_loss,
     note_failure,
-    second_difference,
     train,
     tune,
 )
@@ -64,7 +62,7 @@ from fedzo import engine
 from fedzo.config import Config, flatten, from_flat, load_config
 from fedzo.errors import ConfigError
 from fedzo.estimators import ESTIMATORS
-from fedzo.evaluation import Batch, GradientRequest, LossRequest
+from fedzo.evaluation import Batch, GradientRequest, LossRequest, losses_from_scores
 from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.randomness import choose, derive
@@ -83,6 +81,7 @@ CLIENTS, BATCH = 2, 8
 TUNING_SEED = 1000
 EVALUATIONS = {"run": 4, "long": 16}  # after the first
 GROUP = 8  # methods whose cells one process holds model and data for
+LEAST_RISE = 3e-3  # of the loss, where a curvature is measured
 BACKPROP = 3  # forwards that a forward and backward pass counts as
 REFERENCES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "backprop-sgd": torch.optim.SGD,
@@ -427,8 +426,28 @@ def reference_rate(experiment: Experiment, method: str) -> float:
         return sum(mean_loss(experiment, theta + a * unit, batch) for a in (eps, -eps)) / 2 - loss
 
     slope = float(gradient @ unit)
-    _, curvature = second_difference(rise, experiment.config.method.eps)
-    return slope / max(curvature, slope**2) / length
+    curvature = max(second_difference(rise, experiment.config.method.eps), slope**2)
+    return slope / curvature / length
+
+
+def mean_loss(experiment: Experiment, theta: Tensor, batch: Batch) -> float:
+    """Over the batch, at theta."""
+    return float(losses_from_scores(experiment.evaluator.scores(theta, batch), batch.labels.cpu()).double().mean())
+
+
+def second_difference(rise: Callable[[float], float], eps: float) -> float:
+    """u'Hu along a direction u, from how far the mean of the losses at +/- eps u is above the one in the middle.
+
+    It is taken with the least of eps, 4 eps, ... at which the loss rises by `LEAST_RISE`: about the distance of one
+    good step, and far above rounding.
+    """
+    found = 0.0
+    for rung in range(8):
+        at = eps * 4.0**rung
+        found = rise(at)
+        if found > LEAST_RISE:
+            break
+    return 2 * found / at**2
 
 
 def describe(result: Result) -> str:

@@ -189,10 +189,7 @@ def probe(
     squares = (slopes.mean(axis=2) ** 2).mean(axis=1)  # [steps]
     noise, square, examples = float(_variance(slopes).mean()), float(squares.mean()), slopes.shape[2]
     if square == 0.0:
-        raise RunError(
-            "the loss does not change along the run's directions, so there is no learning rate to start from: check "
-            'space and task, and set method.learning_rate to a number instead of "auto"'
-        )
+        raise _flat()
     sloping = np.flatnonzero(squares)[:_STEPS]
     weights = slopes[sloping].mean(axis=2) / np.sqrt(count * squares[sloping, None])  # [steps, count]
     fisher = _variance(np.einsum("kq,kqi->ki", weights, slopes[sloping]))
@@ -207,15 +204,25 @@ def probe(
             break
         following = distance * min(max(factor, 0.25), 4.0)
     curvatures = np.maximum(2.0 * rises / distance**2, fisher)
+    curvature = float(np.average(curvatures, weights=squares[sloping]))
+    if not 0.0 < curvature < math.inf:
+        raise _flat()
     return Probe(
         loss=loss,
         gradient=math.sqrt(max(square - noise / examples, _LEAST_SIGNAL * square)),
         noise=noise,
         directions=count,
-        curvature=float(np.average(curvatures, weights=squares[sloping])),
+        curvature=curvature,
         distance=distance,
         forwards=forwards,
         examples=examples,
+    )
+
+
+def _flat() -> RunError:
+    return RunError(
+        "the loss does not change along the run's directions, or has no curvature there, so there is no learning rate to "
+        'start from: check space and task, or set method.learning_rate to a number instead of "auto"'
     )
 
 

@@ -221,8 +221,8 @@ def probe(
 
 def _flat() -> RunError:
     return RunError(
-        "the loss does not change along the run's directions, or has no curvature there, so there is no learning rate to "
-        'start from: check space and task, or set method.learning_rate to a number instead of "auto"'
+        "the loss does not change along the run's directions, or has no curvature there, so there is no learning rate "
+        'to start from: check space and task, or set method.learning_rate to a number instead of "auto"'
     )
 
 

@@ -10,13 +10,14 @@ encoder from the features of the label texts as its head, the language model fro
 
 The learning rate of each method, scheme and task is chosen on validation loss: from the best one of a first step, by
 the rule of "auto" and one probe for all, `--trials` shorter runs, each a factor 3 away from the best so far, larger
-ones first, with a seed that no reported run has. All else is fedzo's default (what is counted in steps is made to fit
-the run: `KEYS`). The test split is absent from trials. One seed is run of every method, all of them of each task's
-`--best` by validation loss.
+ones first, with a seed that no reported run has. What is best for a short run is too much for a long one: the rate is
+divided by the square root of how much longer a run is than a trial. All else is fedzo's default (what is counted in
+steps is made to fit the run: `KEYS`). The test split is absent from trials. One seed is run of every method, all of
+them of each task's `--best` by validation loss.
 
 `backprop-sgd` and `backprop-adam` are the reference: the same clients, batches and number of trials; a forward and
 backward pass counts as 3 forwards, and a client sends its gradient. Of each task's best method a run of `--long` times
-the forwards follows, at the same learning rate, to say how many it needs for 95% of what the reference gains.
+the forwards follows, its learning rate chosen alike, to say how many it needs for 95% of what the reference gains.
 
 A process holds model and data of one scheme and seed and forks one for each cell, so that a cell pays for no loading,
 harms no other, and its memory is its own: the peak of its resident set over what it had when it began. Server and both
@@ -593,7 +594,9 @@ class Comparison:
         return None
 
     def _run(self, pair: Pair, seed: int, kind: str = "run") -> Cell:
-        return Cell(kind, *pair, seed, self.options.budget(kind, pair[0]), tuned(self.read, self.options, pair))
+        budget = self.options.budget(kind, pair[0])
+        shorter = math.sqrt(self.options.budget("trial", pair[0]) / budget)  # what steps add up of noise
+        return Cell(kind, *pair, seed, budget, tuned(self.read, self.options, pair) * shorter)
 
 
 def grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:

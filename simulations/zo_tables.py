@@ -8,6 +8,8 @@ from typing import Any
 
 from cells import Result, curve
 
+from fedzo.methods import METHODS
+
 Pair = tuple[str, str, str]  # task, scheme, method
 
 SHARE = 0.95  # of a reference's gain
@@ -55,6 +57,11 @@ def best(rows: Sequence[Result], count: int) -> list[Result]:
     return found
 
 
+def scalars(rows: Sequence[Result]) -> list[Result]:
+    """Those of methods that send no gradients."""
+    return [r for r in rows if r["method"] not in METHODS or not METHODS[r["method"]].open]
+
+
 def reach(points: Sequence[Sequence[float]], level: float) -> float | None:
     """Forwards at which a curve of (forwards, value, ...) first has a level, linear between evaluations, or None."""
     if points[0][1] >= level:
@@ -66,14 +73,15 @@ def reach(points: Sequence[Sequence[float]], level: float) -> float | None:
 
 
 def goals(rows: Sequence[Result]) -> list[Result]:
-    """Of each task, how many forwards its best method needs for `SHARE` of what its scheme's reference gains.
+    """Of each task, how many forwards its best method of scalars alone needs for `SHARE` of what its scheme's reference
+    gains.
 
     Both by validation loss; the gain is in validation accuracy. Forwards are None where the level is not reached.
     """
     found: list[Result] = []
     for task in dict.fromkeys(r["task"] for r in rows):
         schemes = dict.fromkeys(r["scheme"] for r in rows if r["task"] == task)
-        pairs = [(ranked(rows, task, scheme, False), ranked(rows, task, scheme, True)) for scheme in schemes]
+        pairs = [(scalars(ranked(rows, task, scheme, False)), ranked(rows, task, scheme, True)) for scheme in schemes]
         firsts = [(methods[0], references[0]) for methods, references in pairs if methods and references]
         if not firsts:
             continue

@@ -12,7 +12,8 @@ from functools import lru_cache
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedzo.cache import ArtifactCache
+from clients import secure
+from fedzo.cache import ArtifactCache, budget_directory
 from fedzo.config import Config, Scalar, from_run_config
 from fedzo.engine import Bases, answer
 from fedzo.errors import FedzoError, ProtocolError
@@ -95,7 +96,7 @@ def _note(error: Exception) -> None:
 
 
 @app.query()
-def hello(message: Message, context: Context) -> Message:
+def greet(message: Message, context: Context) -> Message:
     """Answers the run's header with the client's Hello, with what it wants first, or with why it cannot take part.
 
     A client that lacks the run's mask says which bytes of it it wants next; they come with the header once more.
@@ -112,7 +113,8 @@ def hello(message: Message, context: Context) -> Message:
             if record is not None:
                 return Message(RecordDict({RECORD: record}), reply_to=message)
             number, experiment, replica = _enter(context, spec)
-        record = ConfigRecord(dataclasses.asdict(experiment.worker(number, replica).hello()))
+        hello = experiment.worker(number, replica, budget_directory()).hello()
+        record = ConfigRecord(dataclasses.asdict(hello))
         context.state[RECORD] = ConfigRecord({"spec": spec})
     except Exception as error:
         _note(error)
@@ -121,7 +123,21 @@ def hello(message: Message, context: Context) -> Message:
     return Message(RecordDict({RECORD: record}), reply_to=message)
 
 
-@app.train()
+def _least(context: Context) -> int:
+    """Clients that a secure sum must be of, so that it has all its noise."""
+    terms = RunSpec.from_json(str(context.state.config_records[RECORD]["spec"])).terms
+    if terms is None or terms.mode != "client-secagg":
+        raise ProtocolError("the run has no secure sums")
+    return terms.asked - terms.tolerance
+
+
+@app.train(mods=[secure.mod(_least)])
+def add(message: Message, context: Context) -> Message:
+    """Gives the contribution that the client holds to the secure sum: the mod around it masks it."""
+    return secure.reply(message, secure.take(message, context))
+
+
+@app.train("plan")
 def train(message: Message, context: Context) -> Message:
     """Answers a plan's bytes with a contribution's.
 
@@ -134,7 +150,10 @@ def train(message: Message, context: Context) -> Message:
             raise ProtocolError("a message holds no plan")
         number, experiment, replica = _enter(context, str(context.state.config_records[RECORD]["spec"]))
         try:
-            reply = answer(experiment.worker(number, replica), experiment.evaluator, plan)
+            worker = experiment.worker(number, replica, budget_directory())
+            reply = answer(worker, experiment.evaluator, plan)
+            if worker.held is not None:
+                secure.hold(context, replica.rounds, worker.held)
         except Exception:
             replica.reset()  # it may stand between two rounds
             raise

@@ -1,4 +1,4 @@
-"""Artifacts that a run's server sent, kept on this machine under their SHA-256 so that each is sent once."""
+"""What this machine keeps beside the runs: artifacts that a run's server sent, and its clients' privacy budgets."""
 
 import hashlib
 import os
@@ -15,6 +15,15 @@ def cache_directory() -> Path:
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "fedzo"
+
+
+def budget_directory() -> Path:
+    """Where this machine's clients keep their privacy budgets: $FEDZO_STATE, else fedzo in $XDG_STATE_HOME, else
+    ~/.local/state/fedzo."""
+    if own := os.environ.get("FEDZO_STATE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_STATE_HOME")
+    return (Path(shared) if shared else Path.home() / ".local" / "state") / "fedzo"
 
 
 class ArtifactCache:

@@ -16,6 +16,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fedzo import __version__
+from fedzo.cli_privacy import app as privacy
 from fedzo.errors import ConfigError, FedzoError, RunError
 from fedzo.runtime import keep_memory
 
@@ -59,6 +60,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(privacy, name="privacy")
 
 
 class Engine(StrEnum):
@@ -106,10 +110,9 @@ class _Progress(Progress):
 
     def round(self, summary: Any) -> None:
         self._sent += summary.bytes_up
-        loss = "no quorum" if summary.loss is None else f"loss {summary.loss:.4f}"
         dropped = f"  dropped {sum(summary.dropped.values())}" if summary.dropped else ""
         sent = f"{_size(self._sent / self._clients)} sent by a client"
-        self._round = f"{loss}  {summary.scalars} scalars  {sent}{dropped}"
+        self._round = f"{summary.told}  {summary.scalars} scalars  {sent}{dropped}"
         self.update(self._task, completed=summary.round + 1)
 
     def evaluation(self, rounds: int, split: str, metrics: dict[str, float]) -> None:
@@ -143,7 +146,8 @@ _NAMES = {
 }
 
 
-def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
+def print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    """Figures by name, a line each, or as one line of JSON."""
     if as_json:
         from fedzo.run_folder import strict_json
 
@@ -185,7 +189,7 @@ def _go(folder: Any, config: Any, quiet: bool, as_json: bool, new: bool = False)
         if folder.ledger.exists():
             with Ledger(folder.ledger) as ledger:
                 experiment = open_experiment(config, ledger)
-                done, sent = ledger.rounds, sum(summary["bytes_up"] for summary in ledger.summaries())
+                done, sent = ledger.rounds, sum(summary["bytes_up"] or 0 for summary in ledger.summaries())
         else:
             experiment = Experiment(config)
         experiment.spec()
@@ -261,7 +265,17 @@ def _finish(folder: Any, ledger: Any, as_json: bool) -> None:
     from fedzo.report import summarise
 
     _draw(folder, ledger)
-    _print_figures({"run": str(folder.path), **folder.settled(), **summarise(ledger)}, as_json)
+    print_figures(
+        {"run": str(folder.path), **folder.settled(), **summarise(ledger), **_privacy(folder, ledger)}, as_json
+    )
+
+
+def _privacy(folder: Any, ledger: Any) -> dict[str, Any]:
+    from fedzo.privacy_report import privacy_figures
+    from fedzo.run_folder import BUDGETS
+
+    ended = {"ended": ledger.ended} if ledger.ended else {}
+    return privacy_figures(ledger, folder.path / BUDGETS) | ended
 
 
 @app.command()
@@ -386,7 +400,7 @@ def _print_search(found: Any, target: Path, folder: Path, as_json: bool) -> None
     for row in [columns, *rows]:
         console.print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)), markup=False)
     console.print()
-    _print_figures(total, False)
+    print_figures(total, False)
 
 
 @app.command()
@@ -415,7 +429,7 @@ def replay(
         form = form or default_form(config)
         with _loading(as_json, "replaying"):
             digest = export(config, ledger, rounds, out, form=form, dtype=dtype)
-    _print_figures({"model": str(out), "format": form, "rounds": rounds, "theta_digest": digest}, as_json)
+    print_figures({"model": str(out), "format": form, "rounds": rounds, "theta_digest": digest}, as_json)
 
 
 @app.command()
@@ -446,7 +460,7 @@ def evaluate(
             metrics = experiment.evaluate(replica.theta, data)
     figures = {"split": split, "rounds": rounds, "examples": len(data), **metrics}
     figures["theta_digest"] = replica.digest().hex()
-    _print_figures(figures, as_json)
+    print_figures(figures, as_json)
 
 
 @app.command()
@@ -458,13 +472,13 @@ def inspect(run: RunPath, as_json: Json = False) -> None:
 
     folder, ledger = _open(run)
     with ledger:
-        config, figures = folder.load_config(), folder.settled() | summarise(ledger)
+        config, figures = folder.load_config(), folder.settled() | summarise(ledger) | _privacy(folder, ledger)
     default = flatten(Config())
     changed = {key: value for key, value in flatten(config).items() if value != default[key]}
     if as_json:
         print(strict_json({"run": str(folder.path), "config": flatten(config), **figures}))
         return
-    _print_figures({"run": str(folder.path), **figures}, False)
+    print_figures({"run": str(folder.path), **figures}, False)
     console.print("\nconfiguration (what differs from the default):")
     for key, value in changed.items():
         console.print(f"  {key} = {value!r}", markup=False)
@@ -489,7 +503,7 @@ def verify(
                 check_same(ledger, experiment)
             compared = verify_ledger(ledger, experiment)
         figures = {"rounds_verified": ledger.rounds, "digests_compared": compared, "ledger_hash": ledger.head.hex()}
-        _print_figures({**figures, "complete": ledger.rounds == ledger.spec.rounds}, as_json)
+        print_figures({**figures, "complete": ledger.rounds == ledger.spec.rounds}, as_json)
 
 
 @app.command()
@@ -594,7 +608,7 @@ def _print_mask(made: Any, path: Path, other: Any, as_json: bool) -> None:
         ]
         print(strict_json({**figures, "held": held}))
         return
-    _print_figures(figures, False)
+    print_figures(figures, False)
     shown = rows[:_MASK_ROWS]
     width = max(len(name) for _, name, _ in shown)
     console.print(f"\n{'tensor':{width}}  {'entries':>10}  share of mask  own density", markup=False)
@@ -637,7 +651,7 @@ def show_methods(
             console.print(line.rstrip(), markup=False)
         return
     (one,) = found
-    _print_figures(row(one) | {"title": one.title} | ({"paper": one.paper} if one.paper else {}), False)
+    print_figures(row(one) | {"title": one.title} | ({"paper": one.paper} if one.paper else {}), False)
     for part in one.parts:
         console.print(f"\n{part.kind} {part.name}: {part.source}", markup=False)
         for paragraph in (part.formula, *part.remarks):

@@ -20,6 +20,7 @@ from fedzo.federation.spec import POOLS, SeedSchedule
 from fedzo.limits import Value
 from fedzo.methods import difference, with_method
 from fedzo.optimizers import OPTIMIZERS, SCHEDULES, Hybrid, Rule
+from fedzo.privacy.terms import SUM_MODES
 from fedzo.registry import lookup, nearest
 from fedzo.spaces import METHODS
 from fedzo.structures import STRUCTURES, Structure
@@ -214,11 +215,49 @@ class FederationSection(Section):
     )
     seeds: SeedSchedule = Field(default="shared", description="shared, independent, pool or weighted-pool")
     pool_size: int = Field(default=4096, ge=2, description="seeds of the pool")
-    aggregation: str = Field(default="mean", description="mean (by examples), uniform, median or trimmed-mean")
+    aggregation: str = Field(
+        default="mean", description="mean (by examples; in a private run as uniform), uniform, median or trimmed-mean"
+    )
     trim: float = Field(default=0.1, ge=0, lt=0.5, description="part cut at each end by trimmed-mean")
     quorum: int = Field(default=1, ge=1, description="contributions below which a round changes nothing")
     scalar_bound: float = Field(default=1e4, gt=0, description="largest magnitude of a scalar that is accepted")
     digest_every: int = Field(default=1, ge=1, description="rounds between recorded digests of theta")
+
+
+class PrivacySection(Section):
+    """Who is protected from whom, and how well. docs/privacy.md."""
+
+    mode: Literal["none", "example-local", "client-central", "client-local", "client-secagg"] = Field(
+        default="none", description="what is protected, and where noise is added"
+    )
+    epsilon: float = Field(default=2.0, gt=0, description="budget of an example or client, which the run never exceeds")
+    delta: float = Field(default=1e-5, ge=0, lt=1, description="chance that it does not hold; 0: never, for laplace")
+    mechanism: Literal["gaussian", "laplace"] = Field(default="gaussian", description="discrete noise on the scalars")
+    noise_multiplier: float = Field(
+        default=0.0, ge=0, description="noise over the clipping bound; 0: the least that lasts for all rounds"
+    )
+    clip: float = Field(
+        default=1.0, gt=0, description="bound on the norm of the scalars of an example (a step's) or client (a round's)"
+    )
+    clipping: Literal["fixed", "adaptive"] = Field(
+        default="fixed", description="adaptive: the bound follows a quantile of the norms, at a share of the budget"
+    )
+    quantile: float = Field(default=0.5, gt=0, lt=1, description="of the norms, which an adaptive bound follows")
+    clip_rate: float = Field(default=0.2, gt=0, le=1, description="step of an adaptive bound's logarithm")
+    clip_share: float = Field(default=0.05, gt=0, lt=1, description="of the budget, which an adaptive bound takes")
+    sampling: Literal["poisson", "fixed"] = Field(
+        default="poisson",
+        description="how examples (of clients: client-central) are drawn: each by chance, or a number",
+    )
+    sampling_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="batch_size over a client's examples, for which noise is planned; 0: the largest of the clients'",
+    )
+    tolerance: int = Field(
+        default=0, ge=0, description="clients of a round that may drop out or collude, for client-secagg"
+    )
 
 
 class EvaluationSection(Section):
@@ -257,6 +296,7 @@ class Config(Section):
     data: DataSection = DataSection()
     method: MethodSection = MethodSection()
     federation: FederationSection = FederationSection()
+    privacy: PrivacySection = PrivacySection()
     evaluation: EvaluationSection = EvaluationSection()
     runtime: RuntimeSection = RuntimeSection()
 
@@ -313,7 +353,112 @@ class Config(Section):
             self._one_quantisation()
         if method.warmup_steps >= federation.rounds * federation.local_steps:
             raise ValueError(f"method.warmup_steps is {method.warmup_steps}, not below the run's number of steps")
+        if self.privacy.mode != "none":
+            self._private()
         return self
+
+    def _private(self) -> None:
+        """What a private run cannot do, or cannot promise."""
+        privacy, method, federation, mode = self.privacy, self.method, self.federation, self.privacy.mode
+        asks = f'privacy.mode = "{mode}"'
+        for part, name in self.parts():
+            if mode not in part.private:
+                others = ", ".join(part.private) or "no privacy mode"
+                value = flatten(self)[f"method.{name}"]
+                raise ValueError(f'{asks} is not covered by method.{name} = "{value}", which is by {others}')
+        if method.clip:
+            raise ValueError(f"{asks} clips by privacy.clip: set method.clip = 0, found {method.clip:g}")
+        if privacy.delta == 0.0 and privacy.mechanism == "gaussian":
+            raise ValueError(
+                'privacy.delta = 0 needs privacy.mechanism = "laplace"; for "gaussian" give one above 0, well '
+                "below 1 over "
+                "the number of those protected"
+            )
+        if self.space.kind == "sparse" and self.space.mask in ("sensitive", "forward") and not self.space.calibration:
+            raise ValueError(
+                f'{asks}, but space.mask = "{self.space.mask}" is made from training examples: give a public text in '
+                'space.calibration, or a mask file, or take space.mask = "magnitude"'
+            )
+        sums = mode in SUM_MODES
+        if sums and federation.seeds != "shared":
+            raise ValueError(
+                f'{asks} noises the sum over the clients, and with federation.seeds = "{federation.seeds}" each '
+                f"client's own "
+                'scalars would be records: set federation.seeds = "shared"'
+            )
+        if sums and federation.aggregation not in ("mean", "uniform"):
+            raise ValueError(
+                f'{asks} knows the sum over the clients only: set federation.aggregation = "uniform", found '
+                f'"{federation.aggregation}"'
+            )
+        if mode == "client-central":
+            self._central()
+        if mode == "client-secagg":
+            self._secure_sum()
+        if mode != "example-local" and privacy.sampling_rate:
+            raise ValueError(
+                f"privacy.sampling_rate is of examples, for example-local: with {asks} leave it at 0, found "
+                f"{privacy.sampling_rate:g}"
+            )
+        if mode != "example-local" and privacy.delta > 1.0 / self.data.clients:
+            raise ValueError(
+                f"privacy.delta is {privacy.delta:g}, above 1 / {self.data.clients} clients: it would allow one "
+                f"of them to "
+                f"be published whole; set it well below {1.0 / self.data.clients:g}"
+            )
+
+    def _central(self) -> None:
+        privacy, federation = self.privacy, self.federation
+        if privacy.sampling == "poisson" and federation.clients_per_round:
+            raise ValueError(
+                f"federation.clients_per_round = {federation.clients_per_round} draws a fixed number of clients, and "
+                'privacy.sampling = "poisson" counts on a draw of each by chance: set federation.client_rate '
+                "instead, or "
+                'privacy.sampling = "fixed"'
+            )
+        if privacy.sampling == "fixed" and federation.client_rate:
+            raise ValueError(
+                f"federation.client_rate = {federation.client_rate:g} draws each client by chance, and "
+                f"privacy.sampling = "
+                '"fixed" counts on a fixed number: set federation.clients_per_round instead, or privacy.sampling '
+                '= "poisson"'
+            )
+        if federation.quorum != 1:
+            raise ValueError(
+                f"federation.quorum is {federation.quorum}, but whether a round has enough clients would tell of "
+                f"their draw, "
+                'on which privacy.mode = "client-central" rests: set it to 1'
+            )
+
+    def _secure_sum(self) -> None:
+        privacy, federation = self.privacy, self.federation
+        asked = federation.clients_per_round or self.data.clients
+        if federation.client_rate:
+            raise ValueError(
+                'privacy.mode = "client-secagg" shares its noise among a known number of clients: set '
+                "federation.client_rate "
+                "= 0, and federation.clients_per_round if not all are to be asked"
+            )
+        if privacy.mechanism != "gaussian":
+            raise ValueError(
+                'privacy.mode = "client-secagg" needs privacy.mechanism = "gaussian", whose shares add up to the '
+                "noise of the "
+                f'whole; found "{privacy.mechanism}"'
+            )
+        if asked < 3:
+            raise ValueError(f"a secure sum needs at least 3 clients a round, found {asked}")
+        if privacy.tolerance > asked - 2:
+            raise ValueError(
+                f"privacy.tolerance is {privacy.tolerance} of {asked} clients a round: wanted at most "
+                f"{asked - 2}, so that a "
+                "sum is of two at least"
+            )
+        if federation.quorum > asked - privacy.tolerance:
+            raise ValueError(
+                f"federation.quorum is {federation.quorum}, more than the {asked - privacy.tolerance} clients "
+                f"that remain "
+                "when privacy.tolerance drop out"
+            )
 
     def _sum_over_a_pool(self) -> None:
         """theta is rebuilt from one coefficient a seed; whether the update rule allows that, its limits say."""
@@ -390,6 +535,10 @@ class Config(Section):
     def with_learning_rate(self, rate: float) -> "Config":
         """With another learning rate."""
         return self.model_copy(update={"method": self.method.model_copy(update={"learning_rate": rate})})
+
+    def with_noise(self, multiplier: float) -> "Config":
+        """With a noise multiplier of its own."""
+        return self.model_copy(update={"privacy": self.privacy.model_copy(update={"noise_multiplier": multiplier})})
 
     def resolved(self) -> "Config":
         """With the local directories and files that exist as absolute paths, so that any process finds them."""

@@ -54,8 +54,10 @@ class Watch:
     def round(self, summary: Mapping[str, Any]) -> None:
         """Takes what `RoundSummary` says of the round after the last."""
         self._why = ""
-        self._still = self._still + 1 if summary["accepted"] and summary["max_scalar"] == 0.0 else 0
+        self._still = self._still + 1 if summary["scalars"] and summary["max_scalar"] == 0.0 else 0
         dropped = summary["dropped"]
+        if dropped is None:  # a private run tells nobody
+            return
         answered = summary["sampled"] - dropped.get("no-reply", 0)
         broken = dropped.get("not-finite", 0)
         if answered and broken == answered:

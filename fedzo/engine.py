@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from fedzo.config import Config
 from fedzo.divergence import Watch, diverged
@@ -15,12 +18,30 @@ from fedzo.federation.messages import Plan, decode
 from fedzo.federation.replica import Replica
 from fedzo.federation.spec import RunSpec
 from fedzo.federation.worker import Worker
-from fedzo.run_folder import MetricsLog, RunFolder
+from fedzo.privacy.mechanisms import Ints
+from fedzo.privacy.secure_sum import LEAST_CLIENTS
+from fedzo.run_folder import BUDGETS, MetricsLog, RunFolder
 from fedzo.tasks.metrics import quality
 
 Parcel = tuple[int, bytes]
 # Takes (client, plan) parcels, gives (client, answer) parcels back in any order; a lost client gives none.
 Exchange = Callable[[Sequence[Parcel]], Iterable[Parcel]]
+# Takes clients that hold contributions, and how many of them a sum needs, gives the clients that are in it and the sum
+# int64 [entries] of their vectors; None: too few remained, and nothing was revealed.
+Add = Callable[[Sequence[int], int], tuple[tuple[int, ...], Ints] | None]
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How plans reach clients and answers come back.
+
+    Attributes:
+        exchange: plans for answers.
+        add: the secure sum of what clients hold; None: the transport has none.
+    """
+
+    exchange: Exchange
+    add: Add | None = None
 
 
 class Observer(Protocol):
@@ -40,7 +61,12 @@ def answer(worker: Worker, evaluator: Evaluator, plan: bytes) -> bytes:
     try:
         request = next(steps)
         while True:
-            request = steps.send(evaluator.answer(request))
+            try:
+                losses = evaluator.answer(request)
+            except Exception as error:
+                request = steps.throw(error)  # for the worker to decide on
+            else:
+                request = steps.send(losses)
     except StopIteration as stop:
         reply: bytes = stop.value.to_bytes()
         return reply
@@ -68,22 +94,24 @@ class Bases:
         return self.kept[base]
 
 
-def in_process(experiment: Experiment, coordinator: Coordinator, bases: Bases | None = None) -> Exchange:
+def in_process(experiment: Experiment, coordinator: Coordinator, bases: Bases | None = None) -> Transport:
     """The transport of one process: workers on the same base share its model and a replica, apart from the server's.
 
     A bfloat16 theta is the model's weights, so the server's replica is the workers' too: it stands where a plan wants
     it, and a plan's records are skipped. A worker with several local steps takes them on a copy.
 
     Every plan and answer crosses as bytes, as it would on a wire. Workers are handed the mask, and its bytes counted.
+    Clients keep their privacy budgets in the run's folder. A secure sum is plain addition here, where one process is
+    all parties: it is as exact, and hides nothing.
     """
-    spec = coordinator.spec
+    spec, budgets = coordinator.spec, coordinator.ledger.path.parent / BUDGETS
     bases = bases or Bases(experiment.config, spec, lambda config: experiment.on_base(config.model.quantisation))
     if spec.theta_dtype == "bfloat16":
         bases.kept[experiment.config.model.quantisation] = experiment, coordinator.replica
     workers: dict[int, tuple[Worker, Evaluator]] = {}
     for number in range(spec.clients):
         party, replica = bases.of(number)
-        workers[number] = party.worker(number, replica), party.evaluator
+        workers[number] = party.worker(number, replica, budgets), party.evaluator
         coordinator.admit(workers[number][0].hello())
         if party.mask is not None and coordinator.ledger.rounds == 0:
             coordinator.sent_artifact(len(experiment.artifacts[spec.mask]))
@@ -92,21 +120,34 @@ def in_process(experiment: Experiment, coordinator: Coordinator, bases: Bases | 
         for number, plan in parcels:
             yield number, answer(*workers[number], plan)
 
-    return exchange
+    def add(clients: Sequence[int], least: int) -> tuple[tuple[int, ...], Ints] | None:
+        vectors = [held for number in clients if (held := workers[number][0].held) is not None]
+        return (tuple(clients), np.sum(vectors, axis=0)) if len(vectors) >= least else None
+
+    return Transport(exchange, add)
 
 
-def play_round(coordinator: Coordinator, exchange: Exchange) -> RoundSummary:
-    """One round: plans out, answers in, commit."""
+def play_round(coordinator: Coordinator, transport: Transport) -> RoundSummary:
+    """One round: plans out, answers in, their secure sum where it is one, commit.
+
+    Raises:
+        RunError: the run needs a secure sum and the transport has none.
+    """
     plans = coordinator.open_round()
     while plans:
         parcels = [(plan.client, plan.to_bytes()) for plan in plans]
-        replies = [coordinator.receive(client, data) for client, data in exchange(parcels)]
+        replies = [coordinator.receive(client, data) for client, data in transport.exchange(parcels)]
         plans = [plan for plan in replies if plan is not None]
+    if holders := coordinator.holders:
+        if transport.add is None:
+            raise RunError('privacy.mode = "client-secagg" needs a transport with secure sums, which this one has not')
+        if len(holders) >= max(coordinator.threshold, LEAST_CLIENTS):
+            coordinator.receive_total(transport.add(holders, coordinator.threshold))
     return coordinator.close_round()
 
 
 def run_rounds(
-    experiment: Experiment, coordinator: Coordinator, connect: Callable[[], Exchange], observers: Sequence[Observer]
+    experiment: Experiment, coordinator: Coordinator, connect: Callable[[], Transport], observers: Sequence[Observer]
 ) -> None:
     """Plays the rounds that are left, evaluates when due or in doubt, and tells the observers.
 
@@ -141,10 +182,10 @@ def run_rounds(
     if ledger.rounds == 0 or (every and ledger.rounds % every == 0):
         evaluate("validation")
     look()
-    exchange = None if coordinator.finished else connect()
-    while exchange is not None and not coordinator.finished:
+    transport = None if coordinator.finished else connect()
+    while transport is not None and not coordinator.finished:
         try:
-            summary = play_round(coordinator, exchange)
+            summary = play_round(coordinator, transport)
         except DivergedError as error:
             raise diverged(ledger, str(error)) from None
         for observer in observers:
@@ -153,6 +194,8 @@ def run_rounds(
         if every and ledger.rounds % every == 0:
             evaluate("validation")
         look()
+    if coordinator.ended:
+        ledger.record_end(coordinator.ended)
     evaluate("validation")
     watch.check()
     evaluate("test")
@@ -184,8 +227,9 @@ def check_same(ledger: Ledger, experiment: Experiment) -> None:
     wanted, found = vars(experiment.spec()), vars(ledger.spec)
     # theta0 may differ in what the ledger itself holds; the replay checks it.
     skip = {"theta0", "initial"} if ledger.spec.initial else set()
+    _check_terms(ledger, experiment)
     for name, value in wanted.items():
-        if name not in skip and found[name] != value:
+        if name not in skip | {"privacy"} and found[name] != value:
             what = _MEANING.get(name, name)
             raise LedgerError(
                 f"{ledger.path} belongs to another run: its {what} is {found[name]!r}, "
@@ -193,11 +237,24 @@ def check_same(ledger: Ledger, experiment: Experiment) -> None:
             )
 
 
+def _check_terms(ledger: Ledger, experiment: Experiment) -> None:
+    """Privacy is promised once for the whole run: what was released under other terms cannot be taken back."""
+    found, wanted = ledger.spec.privacy, {} if experiment.terms is None else experiment.terms.to_header()
+    for name in (wanted | dict(found)) if bool(wanted) == bool(found) else ["mode"]:
+        mine, theirs = wanted.get(name, "none"), found.get(name, "none")
+        if name != "nonce" and mine != theirs:
+            raise LedgerError(
+                f"{ledger.path} was begun with other privacy terms: its privacy.{name} is {theirs!r}, config.toml "
+                f"gives {mine!r}. Set it back to go on, or start a run in another folder, whose budget is apart from "
+                "this one's"
+            )
+
+
 def run(
     experiment: Experiment,
     folder: RunFolder,
     observers: Sequence[Observer] = (),
-    connect: Callable[[Experiment, Coordinator], Exchange] = in_process,
+    connect: Callable[[Experiment, Coordinator], Transport] = in_process,
 ) -> Ledger:
     """Starts or goes on with the run of a folder until its last round; returns its ledger, open."""
     with folder.locked():

@@ -29,6 +29,10 @@ from fedzo.federation.spec import PROTOCOL, RunSpec
 from fedzo.federation.worker import Worker
 from fedzo.models import EncoderClassifier, LoadedModel, add_adapter, add_head, load_model, prefix_activations
 from fedzo.optimizers import OPTIMIZERS, Schedule
+from fedzo.privacy.account import Account, Budget
+from fedzo.privacy.sanitiser import Sanitiser
+from fedzo.privacy.terms import LOCAL_MODES, Terms
+from fedzo.privacy_plan import make_terms
 from fedzo.quantisation import COMPUTE_DTYPES, quantise
 from fedzo.sensitivity import forward_mask, sensitive_mask, text_batches
 from fedzo.spaces import Mask, TrainableSpace
@@ -122,13 +126,15 @@ def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[Loa
 
 
 def open_experiment(config: Config, ledger: Ledger) -> "Experiment":
-    """The experiment of a ledger: mask and learning rate are those that the ledger keeps, and never made again.
+    """The experiment of a ledger: mask, learning rate and noise are those that it keeps, and never made again.
 
     Raises:
         LedgerError: the mask in the ledger is damaged.
     """
     if config.method.learning_rate == "auto":
         config = config.with_learning_rate(ledger.spec.learning_rate)
+    if ledger.spec.terms is not None and config.privacy.noise_multiplier == 0.0:
+        config = config.with_noise(ledger.spec.terms.noise_multiplier)
     if not ledger.spec.mask:
         return Experiment(config)
     return Experiment(config, Mask.from_bytes(ledger.artifact(ledger.spec.mask), f"the mask in {ledger.path}"))
@@ -371,8 +377,21 @@ class Experiment:
         total = federation.rounds * federation.local_steps
         shares = map(Schedule(method.schedule, 1.0, total, method.warmup_steps), range(total))
         return Steps(
-            method.queries * apart, method.batch_size * together, method.batch_size, sum(share**2 for share in shares)
+            method.queries * apart,
+            method.batch_size * together,
+            method.batch_size,
+            sum(share**2 for share in shares),
+            self._noise_variance / (together if self.config.privacy.mode in LOCAL_MODES else 1),
         )
+
+    @property
+    def _noise_variance(self) -> float:
+        """Of the privacy noise in a scalar of one release."""
+        method, federation = self.config.method, self.config.federation
+        if self.terms is None:
+            return 0.0
+        width = ESTIMATORS[method.estimator].scalars * method.queries
+        return Sanitiser(self.terms, federation.local_steps, width, method.batch_size, len(self._parts)).error ** 2
 
     def spec(self, learning_rate: float | None = None) -> RunSpec:
         """The header of this experiment's ledger.
@@ -425,9 +444,38 @@ class Experiment:
             clip=method.clip,
             structure=method.structure,
             settings=config.settings(),
+            privacy={} if self.terms is None else self.terms.to_header(),
         )
         spec.build_rule(Layout.of(self.space))  # refuses what does not fit the space
         return spec
+
+    @cached_property
+    def terms(self) -> Terms | None:
+        """What a private run promises; None: it is not private. With the noise that its budget needs, and a new nonce.
+
+        Raises:
+            ConfigError: a library for privacy is missing, delta is above 1 over the examples of a client, or no noise
+                (or no grid) serves.
+        """
+        config = self.config
+        if config.privacy.mode == "none":
+            return None
+        scalars = ESTIMATORS[config.method.estimator].scalars
+        return make_terms(config, [len(part) for part in self._parts], scalars)
+
+    def _account(self, number: int, spec: RunSpec, folder: Path | None) -> Account | None:
+        """A client's own budget, kept below a folder of its machine; None: the run's noise is not its own.
+
+        Raises:
+            RunError: the budget that is there cannot be read.
+        """
+        terms, sanitiser = spec.terms, spec.sanitiser
+        if folder is None or terms is None or sanitiser is None or not terms.local:
+            return None
+        examples = len(self.client_data(number))
+        rate = min(1.0, spec.batch_size / max(1, examples)) if terms.of_examples else None
+        release = terms.release(sanitiser.coordinates, rate, units=examples)
+        return Account(folder / spec.run_id.hex() / f"{number}.json", spec.run_id, Budget(terms, release))
 
     def replica(self, spec: RunSpec) -> Replica:
         """A replica at theta0. Of a bfloat16 theta one can be used at a time: a new one takes the weights over."""
@@ -442,13 +490,18 @@ class Experiment:
         weights, self._moved = self.theta0(), True
         return weights
 
-    def worker(self, number: int, replica: Replica) -> Worker:
-        """The worker of a client over this process's model."""
+    def worker(self, number: int, replica: Replica, budgets: Path | None = None) -> Worker:
+        """The worker of a client over this process's model.
+
+        Args:
+            budgets: the folder of its machine in which a client keeps count of what it releases in a private run.
+        """
         return Worker(
             number, replica, self.client_data(number), fingerprint=self.loaded.fingerprint,
             mask=self.mask.hash if self.mask is not None else "", space_hash=self.space.hash,
             theta0=self.theta0_digest, theta_dtype=self.config.space.theta_dtype,
             quantisation=self.config.model.quantisation, compute_dtype=self.config.model.compute_dtype,
+            account=self._account(number, replica.spec, budgets),
         )  # fmt: skip
 
     def evaluate(self, theta: Tensor, data: EncodedDataset) -> dict[str, float]:

@@ -24,6 +24,7 @@ from typing import Any
 from fedzo import guard
 from fedzo.config import Config, to_toml
 from fedzo.errors import RunError
+from fedzo.run_folder import BUDGETS
 
 START_TIMEOUT = 60.0  # seconds for the SuperLink to answer
 _MARK = "fedzo: "  # begins the lines of our own apps in Flower's log
@@ -79,7 +80,7 @@ def run_flower(config: Config, out: Path, *, quiet: bool = False) -> None:
         run_config = home / "run.toml"
         run_config.write_text(f"out = {json.dumps(str(out))}\n{to_toml(config.resolved())}", encoding="utf-8")
         options = " ".join(f"{key}={value}" for key, value in federation_config(config).items())
-        with _superlink(home) as environment:
+        with _superlink(home, out / BUDGETS) as environment:
             command = ["run", str(app), "--stream", "--run-config", str(run_config), "--federation-config", options]
 
             def show(line: str) -> None:
@@ -106,12 +107,13 @@ def _copy_app(target: Path) -> Path:
     raise RunError(f"this installation of fedzo at {package} lacks its Flower app; reinstall fedzo")
 
 
-def _environment(home: Path) -> dict[str, str]:
+def _environment(home: Path, budgets: Path) -> dict[str, str]:
     scripts = sysconfig.get_path("scripts")  # Flower starts its programs by name
     local = "127.0.0.1,localhost"
     return os.environ | {
         "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
         "FLWR_HOME": str(home),
+        "FEDZO_STATE": str(budgets),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -123,13 +125,13 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _superlink(home: Path) -> Iterator[dict[str, str]]:
-    """A SuperLink on a free loopback port; its environment, in which `flwr` talks to it.
+def _superlink(home: Path, budgets: Path) -> Iterator[dict[str, str]]:
+    """A SuperLink on a free loopback port; its environment, in which `flwr` talks to it and clients keep their budgets.
 
     Raises:
         RunError: it does not start.
     """
-    environment = _environment(home)
+    environment = _environment(home, budgets)
     for _ in range(3):  # between choosing the port and using it, somebody else may take it
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

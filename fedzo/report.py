@@ -32,10 +32,12 @@ class Traffic:
 
 
 def traffic(ledger: Ledger) -> Traffic:
-    """The bytes of a run, from its summaries."""
+    """The bytes of a run, from its summaries; empty for a private run whose ledger hides how many took part."""
     spec, result = ledger.spec, Traffic([], [], [], [])
     up = down = asked = 0
     for summary in ledger.summaries():
+        if summary["sampled"] is None:
+            break
         up, down, asked = up + summary["bytes_up"], down + summary["bytes_down"], asked + summary["sampled"]
         for series, total in (
             (result.up, up),
@@ -52,7 +54,7 @@ def summarise(ledger: Ledger) -> dict[str, Any]:
     spec, rounds, sent = ledger.spec, ledger.summaries(), traffic(ledger)
     dropped: Counter[str] = Counter()
     for summary in rounds:
-        dropped.update(summary["dropped"])
+        dropped.update(summary["dropped"] or {})
     last = list(ledger.read(ledger.rounds - 1)) if ledger.rounds else []
     figures: dict[str, Any] = {
         "ledger_hash": ledger.head.hex(),
@@ -63,14 +65,15 @@ def summarise(ledger: Ledger) -> dict[str, Any]:
         "trainable": spec.size,
         "parameters": spec.parameters,
         "records": sum(summary["scalars"] for summary in rounds),
-        "accepted": sum(summary["accepted"] for summary in rounds),
-        "dropped": dict(sorted(dropped.items())),
     }
+    if sent.up or not rounds:
+        figures["accepted"] = sum(summary["accepted"] for summary in rounds)
+        figures["dropped"] = dict(sorted(dropped.items()))
     if spec.mask:
         figures["mask"] = spec.mask
     if members := ledger.members():
         figures["bases"] = dict(sorted(Counter(_base(member) for member in members.values()).items()))
-    if rounds:
+    if sent.up:
         figures |= {
             "bytes_up_per_client": round(sent.up[-1]),
             "bytes_down_per_client": round(sent.down[-1]),
@@ -159,7 +162,8 @@ def plot(ledger: Ledger, directory: Path) -> list[Path]:
 
     def loss(axes: "Axes") -> None:
         points = [(s["round"] + 1, s["loss"]) for s in rounds if s["loss"] is not None]
-        axes.plot(*zip(*points, strict=True), color="C7", linewidth=0.8, label="clients' batches")
+        if points:
+            axes.plot(*zip(*points, strict=True), color="C7", linewidth=0.8, label="clients' batches")
         _evaluations(axes, ledger, "loss")
 
     def quality(name: str) -> Callable[["Axes"], None]:
@@ -177,7 +181,8 @@ def plot(ledger: Ledger, directory: Path) -> list[Path]:
     measured = {name for split in ("validation", "test") for m in ledger.evaluations(split).values() for name in m}
     for name in sorted(measured - {"loss"}):
         draw(name, name, quality(name))
-    draw("bytes", "bytes of an average client, cumulative", bytes_)
+    if traffic(ledger).up:
+        draw("bytes", "bytes of an average client, cumulative", bytes_)
     return paths
 
 

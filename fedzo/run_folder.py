@@ -1,5 +1,6 @@
 """The folder of a run: config.toml, ledger.sqlite, metrics.jsonl, TensorBoard events, plots, step_size.json.
 
+Clients of a private run that noise what they send keep their budgets in `budgets`, when they run on this machine.
 The ledger is the truth; metrics.jsonl and the events are written along for other tools and made anew on resume.
 """
 
@@ -21,6 +22,8 @@ from fedzo.errors import RunError
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.ledger import Ledger
 from fedzo.step_size import StepSize
+
+BUDGETS = "budgets"  # in it a folder by the run's id, in which a file for each client
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class MetricsLog:
     def __init__(self, folder: RunFolder, ledger: Ledger) -> None:
         """Opens the log at where the ledger stands: lines that a crash lost or left too much are made right."""
         self._metrics = folder.metrics
+        self._secret = ledger.spec.terms is not None and ledger.spec.terms.secret
         summaries = ledger.summaries()
         evaluations = [
             (split, rounds, metrics)
@@ -166,8 +170,9 @@ class MetricsLog:
             self._plot_evaluation(rounds, split, metrics)
 
     def round(self, summary: RoundSummary) -> None:
-        self._write(_round_line(vars(summary)))
-        self._plot_round(vars(summary))
+        kept = summary.kept(self._secret)
+        self._write(_round_line(kept))
+        self._plot_round(kept)
 
     def evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:
         self._write(_evaluation_line(rounds, split, metrics))
@@ -179,9 +184,9 @@ class MetricsLog:
             self._file.flush()
 
     def _plot_round(self, summary: Mapping[str, Any]) -> None:
-        plotted = ("loss", "accepted", "bytes_up", "bytes_down", "artifact_bytes", "max_scalar")
+        plotted = ("loss", "clip", "accepted", "bytes_up", "bytes_down", "artifact_bytes", "max_scalar")
         values = {name: summary[name] for name in plotted}
-        values["dropped"] = sum(summary["dropped"].values())
+        values["dropped"] = None if summary["dropped"] is None else sum(summary["dropped"].values())
         self._plot({f"round/{name}": value for name, value in values.items()}, summary["round"] + 1)
 
     def _plot_evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:

@@ -61,9 +61,13 @@ class Probe:
         """E[g^2] of a projected gradient g that is a mean over so many examples."""
         return self.gradient**2 + self.noise / examples
 
-    def best(self, examples: int) -> float:
-        """The rate at which one step of SGD lowers the loss most: E[gradient . step] over E[step' H step]."""
-        return self.directions * self.gradient**2 / (self.square(examples) * self.curvature)
+    def best(self, examples: int, privacy: float = 0.0) -> float:
+        """The rate at which one step of SGD lowers the loss most: E[gradient . step] over E[step' H step].
+
+        Args:
+            privacy: variance of the noise that is added to a projected gradient.
+        """
+        return self.directions * self.gradient**2 / ((self.square(examples) + privacy) * self.curvature)
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,14 @@ class Steps:
         examples: behind a direction's projected gradient.
         batch_size: of them from one client.
         length: number of steps, each counted by the square of its share of the peak learning rate.
+        privacy: variance of the noise that is added to a direction's projected gradient.
     """
 
     directions: int
     examples: int
     batch_size: int
     length: float
+    privacy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def pick(probe: Probe, steps: Steps, estimator: type[Estimator], rule: Rule, nor
         entry = probe.square(steps.examples) / probe.square(steps.batch_size) / steps.directions
         rate = cost / math.sqrt(entry)
     else:
-        rate = SHARE * probe.best(steps.examples)
+        rate = SHARE * probe.best(steps.examples, steps.privacy)
     return StepSize(float(f"{rate / rule.gain:.2g}"), probe)
 
 

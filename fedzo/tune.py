@@ -136,6 +136,12 @@ def search(
         ConfigError: the folder holds another search, or a value in the ranges is impossible.
         RunError: Optuna is not installed, or no trial came to its end.
     """
+    if config.privacy.mode != "none":
+        raise ConfigError(
+            f'privacy.mode is "{config.privacy.mode}": every trial would spend a budget of its own on the same '
+            f"data, and the "
+            'choice among them tells of it too. Tune with privacy.mode = "none" on public data'
+        )
     if importlib.util.find_spec("optuna") is None:
         raise RunError('`fedzo tune` needs optuna, which is not installed: pip install "fedzo[tune]"')
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,14 +13,16 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedzo.config import from_run_config
-from fedzo.engine import Exchange, Parcel, run
+from fedzo.engine import Parcel, Transport, run
 from fedzo.errors import ProtocolError, RunError
 from fedzo.experiment import Experiment, open_experiment
 from fedzo.federation.coordinator import Coordinator, RoundSummary
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.messages import Hello
+from fedzo.privacy.mechanisms import Ints
 from fedzo.run_folder import RunFolder, new_run_path
 from fedzo.runtime import keep_memory
+from server.secure import secure_sum
 
 RECORD = "fedzo"  # the one record of every message
 PART = 8 * 2**20  # bytes of an artifact in one message
@@ -43,9 +45,9 @@ class Progress:
     def round(self, summary: RoundSummary) -> None:
         done = summary.round + 1
         if done % self._every == 0 or done == self._rounds:
-            loss = "no quorum" if summary.loss is None else f"loss {summary.loss:.4f}"
             dropped = "".join(f", {count} dropped ({reason})" for reason, count in summary.dropped.items())
-            say(f"round {done}/{self._rounds}: {loss}, {summary.accepted} of {summary.sampled} clients{dropped}")
+            took_part = f"{summary.accepted} of {summary.sampled} clients{dropped}"
+            say(f"round {done}/{self._rounds}: {summary.told}, {took_part}")
 
     def evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:
         say(f"after {rounds} rounds, {split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
@@ -165,18 +167,24 @@ def register(grid: Grid, coordinator: Coordinator, timeout: float) -> dict[int, 
     return nodes
 
 
-def connect(grid: Grid, coordinator: Coordinator, timeout: float) -> Exchange:
+def connect(grid: Grid, coordinator: Coordinator, timeout: float) -> Transport:
     """Flower as the engine's transport; a client whose answer is an error or late gives none."""
     nodes = register(grid, coordinator, timeout)
     clients = {node: client for client, node in nodes.items()}
 
     def exchange(parcels: Sequence[Parcel]) -> Iterable[Parcel]:
         plans = {nodes[client]: ConfigRecord({"plan": plan}) for client, plan in parcels}
-        for node, record in converse(grid, "train", plans, timeout):
+        for node, record in converse(grid, "train.plan", plans, timeout):
             data = record.get("answer")
             yield clients[node], data if isinstance(data, bytes) else b""  # b"" is counted as malformed
 
-    return exchange
+    def add(holders: Sequence[int], least: int) -> tuple[tuple[int, ...], Ints] | None:
+        sanitiser = coordinator.spec.sanitiser
+        assert sanitiser is not None  # there is no secure sum but in a private run
+        own = {client: nodes[client] for client in holders}
+        return secure_sum(grid, own, coordinator.ledger.rounds, least, timeout, sanitiser.coordinates)
+
+    return Transport(exchange, add)
 
 
 @app.main()

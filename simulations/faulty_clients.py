@@ -68,13 +68,13 @@ def play(config_file: str, rounds: int, folder: Path, names: Sequence[str] | Non
     experiment = Experiment(config)
     turn = 0
 
-    def connect(experiment: Experiment, coordinator: Coordinator) -> engine.Exchange:
+    def connect(experiment: Experiment, coordinator: Coordinator) -> engine.Transport:
         right = engine.in_process(experiment, coordinator)
 
         def exchange(parcels: Sequence[engine.Parcel]) -> Iterable[engine.Parcel]:
             nonlocal turn
             plans = dict(parcels)
-            for client, answer in right(parcels):
+            for client, answer in right.exchange(parcels):
                 if client % 2 == 0:
                     yield client, answer
                     if client == 0 and names is not None:
@@ -87,7 +87,7 @@ def play(config_file: str, rounds: int, folder: Path, names: Sequence[str] | Non
                     for wrong in fault(contribution, plans[client]):
                         yield client, wrong
 
-        return exchange
+        return engine.Transport(exchange)
 
     with engine.run(experiment, RunFolder.create(folder, config), connect=connect) as ledger:
         return {**summarise(ledger), "digests_verified": verify(ledger, experiment)}

@@ -96,17 +96,17 @@ def run(config: Config, path: Path, lose: int | None = None) -> tuple[Ledger, Co
     """
     servers = []
 
-    def connect(experiment: Experiment, coordinator: Coordinator) -> engine.Exchange:
+    def connect(experiment: Experiment, coordinator: Coordinator) -> engine.Transport:
         servers.append(coordinator)
         whole = engine.in_process(experiment, coordinator)
 
         def exchange(parcels: Sequence[engine.Parcel]) -> Iterable[engine.Parcel]:
-            for parcel in whole(parcels):
+            for parcel in whole.exchange(parcels):
                 if coordinator.ledger.rounds == lose:
                     raise LostError
                 yield parcel
 
-        return exchange
+        return engine.Transport(exchange, whole.add)
 
     folder = RunFolder(path) if path.exists() else RunFolder.create(path, config)
     threads = torch.get_num_threads()

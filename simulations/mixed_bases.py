@@ -43,7 +43,7 @@ def played(experiment: Experiment, folder: RunFolder) -> tuple[dict[str, Any], d
     """The figures of a run, and the digest of each base's replica after its last round."""
     kept: list[engine.Bases] = []
 
-    def connect(experiment: Experiment, coordinator: Coordinator) -> engine.Exchange:
+    def connect(experiment: Experiment, coordinator: Coordinator) -> engine.Transport:
         own = engine.Bases(
             experiment.config, coordinator.spec, lambda config: experiment.on_base(config.model.quantisation)
         )

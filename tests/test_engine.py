@@ -138,14 +138,14 @@ def test_lost_clients_are_counted(data: Path, tmp_path: Path) -> None:
     """A transport that loses client 1 and changes a byte of client 2: the run goes on with the others, and verifies."""
     chosen = config(data, evaluation__every=0)
 
-    def connect(experiment: Experiment, coordinator: Coordinator) -> engine.Exchange:
+    def connect(experiment: Experiment, coordinator: Coordinator) -> engine.Transport:
         whole = engine.in_process(experiment, coordinator)
 
         def exchange(parcels: Sequence[engine.Parcel]) -> Iterable[engine.Parcel]:
-            for client, answer in whole([parcel for parcel in parcels if parcel[0] != 1]):
+            for client, answer in whole.exchange([parcel for parcel in parcels if parcel[0] != 1]):
                 yield client, answer[:-1] if client == 2 else answer
 
-        return exchange
+        return engine.Transport(exchange)
 
     folder = RunFolder.create(tmp_path / "run", chosen)
     with engine.run(Experiment(chosen), folder, connect=connect) as ledger:

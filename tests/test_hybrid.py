@@ -390,7 +390,7 @@ def test_arrays_are_counted_in_the_bytes(tmp_path: Path) -> None:
     summaries = [run_.round() for _ in range(3)]
     up = 36 + 12 * 2 * 3 + 4 * 2 * 4
     assert [s.bytes_up for s in summaries] == [4 * up] * 3
-    plan, caught = 81 + 8 * 2 * 3, 7 + 12 * 2 * 3 + 4 + 4 * 2 * 4
+    plan, caught = 89 + 8 * 2 * 3, 7 + 12 * 2 * 3 + 4 + 4 * 2 * 4
     assert [s.bytes_down for s in summaries] == [4 * plan, 4 * (plan + caught), 4 * (plan + caught)]
     assert [s.artifact_bytes for s in summaries] == [0, 4 * 32, 4 * 32]
 

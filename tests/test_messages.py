@@ -122,7 +122,7 @@ def test_random_bytes_are_a_message_or_a_protocol_error(data: bytes, start: byte
 
 
 def test_sizes_are_what_the_documentation_states() -> None:
-    """20 bytes of head; a contribution is 32 + 12 K P, a plan 81 + 8 K P and its catch-up, 7 + 12 K R a round."""
+    """20 bytes of head; a contribution is 32 + 12 K P, a plan 89 + 8 K P and its catch-up, 7 + 12 K R a round."""
     for steps, queries in ((1, 1), (1, 8), (4, 2)):
         seeds, scalars = np.ones((steps, queries), np.uint64), np.ones((steps, queries), np.float32)
         sent = Contribution(bytes(8), 0, 0, seeds, scalars, 1, 0.5)
@@ -136,7 +136,7 @@ def test_sizes_are_what_the_documentation_states() -> None:
         assert len(records.to_bytes()) == records.nbytes == 7 + 12 * steps * queries
         for caught, size in ((CatchUp("none", 1, 1), 0), (CatchUp("records", 0, 1, (records,)), records.nbytes)):
             plan = Plan(bytes(8), 1, 0, seeds, 0.1, 4, bytes(32), caught)
-            assert len(plan.to_bytes()) == 81 + 8 * steps * queries + size
+            assert len(plan.to_bytes()) == 89 + 8 * steps * queries + size
     assert len(Behind(bytes(8), 0, 0, 0).to_bytes()) == 24
     assert len(Failure(bytes(8), 0, 0, "digest").to_bytes()) == 21
 
@@ -145,7 +145,7 @@ def test_bytes_are_little_endian() -> None:
     seeds = np.array([[0x0102030405060708]], np.uint64)
     data = Contribution(b"abcdefgh", 258, 3, seeds, np.array([[1.0]], np.float32), 4, 1.0).to_bytes()
     assert data.hex() == (
-        "667a" "03" "02" + b"abcdefgh".hex() + "02010000" "03000000"
+        "667a" "04" "02" + b"abcdefgh".hex() + "02010000" "03000000"
         "0100" "0100" "04000000" "0000803f" "0807060504030201" "0000803f"
     )  # fmt: skip
 
@@ -155,10 +155,10 @@ def test_bytes_are_little_endian() -> None:
     [
         (b"", "0 bytes"),
         (b"no" + bytes(30), "not a message"),
-        (b"fz\1\1" + bytes(30), "protocol version 1, wanted 3"),
-        (b"fz\3\x09" + bytes(30), "unknown kind of message 9"),
-        (b"fz\3\4" + bytes(16) + b"\7", "unknown reason of failure 7"),
-        (b"fz\3\2" + bytes(16) + b"\xff" * 12, "scalars of 0 bytes"),  # claims 65535 x 65535 scalars
+        (b"fz\1\1" + bytes(30), "protocol version 1, wanted 4"),
+        (b"fz\4\x09" + bytes(30), "unknown kind of message 9"),
+        (b"fz\4\4" + bytes(16) + b"\7", "unknown reason of failure 7"),
+        (b"fz\4\2" + bytes(16) + b"\xff" * 12, "scalars of 0 bytes"),  # claims 65535 x 65535 scalars
     ],
 )
 def test_refusals_say_what_is_wrong(data: bytes, message: str) -> None:
@@ -170,7 +170,7 @@ def test_records_that_claim_more_than_there_is_are_refused() -> None:
     plan = Plan(bytes(8), 1, 0, np.ones((1, 1), np.uint64), 0.1, 4, bytes(32), CatchUp("snapshot", 0, 1))
     body = b"\xff\xff\xff\xff\xff\x7f\x01" + bytes(20)
     forged = dataclasses.replace(plan, catch_up=CatchUp("snapshot", 0, 1, snapshot=body)).to_bytes()
-    kind_at = 20 + 2 + 2 + 8 + 4 + 32
+    kind_at = 20 + 2 + 2 + 8 + 8 + 4 + 32
     assert forged[kind_at] == 2
     with pytest.raises(ProtocolError, match="records of 20 bytes"):
         decode(forged[:kind_at] + b"\1" + forged[kind_at + 1 :])

@@ -208,7 +208,7 @@ def test_a_late_client_catches_up(tmp_path: Path, changes: dict[str, object], ki
     assert summary.accepted == 3 and not summary.dropped
     assert theta_digest(late.replica.theta) == plan.digest
     records = sum(7 + 12 * entry.seeds.size for entry in rounds_of(run.ledger)[:4])
-    assert len(plan.to_bytes()) <= 81 + 20 + 8 * plan.seeds.size + records  # the cheaper of the two
+    assert len(plan.to_bytes()) <= 89 + 20 + 8 * plan.seeds.size + records  # the cheaper of the two
     run.finish()
     assert rounds_of(run.ledger)[-1].clients == (0, 1, 3)
 
@@ -335,7 +335,7 @@ def test_a_replica_refuses_catch_ups_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"protocol": 1}, "protocol is 1, the run's is 3"),
+        ({"protocol": 1}, "protocol is 1, the run's is 4"),
         ({"fingerprint": "a"}, "fingerprint is 'a'"),
         ({"mask": "a"}, "mask is 'a'"),
         ({"space_hash": "a"}, "space_hash"),

@@ -329,13 +329,15 @@ def test_sharing_the_weights_changes_nothing(tmp_path: Path, data: Path, steps: 
         federation__clients_per_round=2,
     )  # fmt: skip
 
-    def apart(experiment: Experiment, coordinator: Coordinator) -> engine.Exchange:
+    def apart(experiment: Experiment, coordinator: Coordinator) -> engine.Transport:
         other = Experiment(chosen)
         replica = other.replica(coordinator.spec)
         workers = {number: other.worker(number, replica) for number in range(coordinator.spec.clients)}
         for worker in workers.values():
             coordinator.admit(worker.hello())
-        return lambda parcels: [(n, engine.answer(workers[n], other.evaluator, plan)) for n, plan in parcels]
+        return engine.Transport(
+            lambda parcels: [(n, engine.answer(workers[n], other.evaluator, plan)) for n, plan in parcels]
+        )
 
     with small_runs.run(tmp_path / "shared", chosen) as shared:
         folder = RunFolder.create(tmp_path / "apart", chosen)

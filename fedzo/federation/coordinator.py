@@ -18,16 +18,21 @@ from fedzo.federation.messages import (
     CatchUp,
     Contribution,
     Failure,
+    Held,
     Hello,
     Plan,
     RoundRecords,
     decode,
     max_contribution_bytes,
 )
-from fedzo.federation.randomness import bernoulli, derive, pool_seeds, round_seeds, shuffled
+from fedzo.federation.randomness import derive, pool_seeds, round_seeds, sample_clients
 from fedzo.federation.replica import Replica
 from fedzo.federation.spec import POOLS, PROTOCOL
 from fedzo.optimizers import Records, Scalars, Seeds
+from fedzo.privacy import sampling
+from fedzo.privacy.account import Budget
+from fedzo.privacy.mechanisms import Ints
+from fedzo.privacy.sanitiser import Sanitiser
 from fedzo.registry import lookup
 
 
@@ -36,7 +41,7 @@ class Member:
     """What the coordinator knows of a registered client.
 
     Attributes:
-        examples: its example count at the handshake, which every contribution must repeat.
+        examples: its example count at the handshake, which every contribution must repeat; 0 in a private run.
         applied: rounds that it is known to have applied.
         needs_initial: its theta0 differs in the values that the base model does not have.
     """
@@ -54,11 +59,12 @@ class RoundSummary:
         round: from 0.
         sampled, accepted: clients asked, and contributions that became records.
         dropped: reason -> contributions dropped.
-        loss: mean of the accepted clients' losses, None when the round missed its quorum.
+        loss: mean of the accepted clients' losses, None when the round missed its quorum, or is private.
         bytes_down, bytes_up: payload to and from all clients.
         artifact_bytes: the part of bytes_down that was artifacts: masks sent since the round before, and gradients.
         scalars: records written.
         max_scalar: largest magnitude among them.
+        clip: of a private run, the bound on a unit's norm in the round after; else None.
     """
 
     round: int
@@ -71,6 +77,23 @@ class RoundSummary:
     artifact_bytes: int
     scalars: int
     max_scalar: float
+    clip: float | None = None
+
+    @property
+    def told(self) -> str:
+        """What a round says of its clients' losses; in a private run nothing."""
+        if self.loss is not None:
+            return f"loss {self.loss:.4f}"
+        return "private" if self.scalars else "no quorum"
+
+    def kept(self, secret: bool) -> dict[str, Any]:
+        """As the ledger keeps it.
+
+        Args:
+            secret: who took part, and how many did, is nobody's to know: privacy rests on it.
+        """
+        hidden = ("sampled", "accepted", "dropped", "bytes_down", "bytes_up", "artifact_bytes") if secret else ()
+        return {name: None if name in hidden else value for name, value in vars(self).items()}
 
 
 @dataclass
@@ -79,6 +102,9 @@ class _Open:
 
     round: int
     seeds: dict[int, Seeds]
+    shared: Seeds
+    held: set[int] = field(default_factory=set)
+    total: tuple[tuple[int, ...], Ints] | None = None
     contributions: dict[int, Contribution] = field(default_factory=dict)
     answered: set[int] = field(default_factory=set)
     rewound: Counter[int] = field(default_factory=Counter)
@@ -111,10 +137,21 @@ class Coordinator:
         self._tails: dict[int, CatchUp] = {}
         self._greeted: dict[int, Hello] = {}  # not yet recorded in the ledger
         self._artifact_bytes = 0
+        self._terms, self._sanitiser = self.spec.terms, self.spec.sanitiser
+        self._spent: set[int] = set()  # clients that say that their budget is spent
+        self._clip, self._charges = 0.0, ledger.charges()
+        self._budget: Budget | None = None  # of a unit, where the server keeps it
+        if self._terms is not None and self._sanitiser is not None:
+            self._clip = self._terms.clip
+            if not self._terms.local:
+                release = self._terms.release(self._sanitiser.coordinates, units=self.spec.clients)
+                self._budget = Budget(self._terms, release)
         replay(ledger, replica)
         self._sizes = [0]  # bytes of the records of the first 0, 1, ... rounds
         for entry in ledger.read():
             self._note(entry)
+        for summary in ledger.summaries()[-1:]:
+            self._clip = summary.get("clip") or self._clip
 
     def _note(self, entry: LedgerRound) -> None:
         """Keeps what later rounds need of one that is in the ledger."""
@@ -124,7 +161,31 @@ class Coordinator:
 
     @property
     def finished(self) -> bool:
-        return self.ledger.rounds >= self.spec.rounds
+        return self.ledger.rounds >= self.spec.rounds or bool(self.ended)
+
+    @property
+    def ended(self) -> str:
+        """Why a private run ends before its last round; "": it does not."""
+        if self._terms is None or self.ledger.rounds >= self.spec.rounds:
+            return ""
+        left = sum(map(self._affords, range(self.spec.clients)))
+        if left >= (self._survivors if self._terms.mode == "client-secagg" else self.spec.quorum):
+            return ""
+        whose = f"{left} of {self.spec.clients} clients have" if self._terms.mode != "client-central" else "the run has"
+        return f"{whose} privacy budget left for another round"
+
+    def _affords(self, client: int) -> bool:
+        """Whether a client's budget allows another round, for all that the server knows."""
+        if self._budget is None:  # it is the client's own
+            return client not in self._spent
+        spent = self._charges[None] + self._charges[client]
+        return self._budget.affords(spent + 1)
+
+    @property
+    def _survivors(self) -> int:
+        """Clients that a secure sum needs, so that it has all its noise."""
+        assert self._terms is not None
+        return self._terms.asked - self._terms.tolerance
 
     def admit(self, hello: Hello) -> None:
         """Registers a client. What may differ (its base's quantisation and compute dtype) is recorded in the ledger.
@@ -148,7 +209,11 @@ class Coordinator:
                 )
         if not 0 <= hello.client < self.spec.clients:
             raise ProtocolError(f"client {hello.client} refused: the run has the clients 0 to {self.spec.clients - 1}")
-        if not 1 <= hello.examples < 2**32:
+        if self._terms is not None and hello.examples != 0:
+            raise ProtocolError(
+                f"client {hello.client} refused: it states {hello.examples} examples, in a private run it must not say"
+            )
+        if self._terms is None and not 1 <= hello.examples < 2**32:
             raise ProtocolError(
                 f"client {hello.client} refused: it states {hello.examples} examples, wanted 1 to {2**32 - 1}"
             )
@@ -188,25 +253,44 @@ class Coordinator:
                 }
             )
             self._greeted = {}
-        place = derive(spec.seed, "sampling", round_)
-        # Drawn over all numbers, registered or not, so that an absent client changes nothing for the others.
-        if spec.client_rate > 0.0:
-            drawn = bernoulli(place, spec.clients, spec.client_rate).tolist()
-        else:
-            drawn = shuffled(place, spec.clients).tolist()
-        picked = [client for client in drawn if client in self.members]
-        if spec.clients_per_round:
-            picked = picked[: spec.clients_per_round]
+        picked = self._sample(round_)
+        if self._terms is not None and self._sanitiser is not None:
+            everyone = self._terms.secret
+            for client in [None] if everyone else sorted(picked):
+                self._charges[client] += self._sanitiser.releases
+            self.ledger.charge(round_, None if everyone else picked, self._sanitiser.releases)
         shape = (spec.local_steps, spec.queries)
         assign = self.replica.rule.setup.structure.assign
+
+        def assign_all(drawn: Seeds) -> Seeds:
+            return np.stack([assign(row) for row in drawn])
+
         weights = None if self._amplitudes is None else self._amplitudes.weights()
         seeds = {}
         for client in sorted(picked):
             drawn_seeds = round_seeds(spec.seed, spec.seeds, round_, client, shape, self._pool, weights)
-            seeds[client] = np.stack([assign(row) for row in drawn_seeds])
+            seeds[client] = assign_all(drawn_seeds)
         sent, self._artifact_bytes = self._artifact_bytes, 0
-        self._open, self._tails = _Open(round_, seeds, bytes_down=sent, artifact_bytes=sent), {}
+        shared = assign_all(round_seeds(spec.seed, "shared", round_, 0, shape))
+        self._open = _Open(round_, seeds, shared, bytes_down=sent, artifact_bytes=sent)
+        self._tails = {}
         return [self._plan(client) for client in seeds]
+
+    def _sample(self, round_: int) -> list[int]:
+        """The clients of a round."""
+        spec, terms = self.spec, self._terms
+        place = derive(spec.seed, "sampling", round_)
+        # Drawn over all numbers, registered or not, so that an absent client changes nothing for the others.
+        if terms is not None and terms.secret:
+            # Privacy may rest on the draw, so no seed tells it, and none who is absent is replaced.
+            if terms.sampling == "fixed":
+                drawn = sampling.fixed(spec.clients, spec.clients_per_round)
+            else:
+                drawn = sampling.poisson(spec.clients, terms.rate)
+        else:
+            drawn = sample_clients(place, spec.clients, spec.client_rate)
+        picked = [client for client in drawn.tolist() if client in self.members and self._affords(client)]
+        return picked[: spec.clients_per_round] if spec.clients_per_round else picked
 
     def _plan(self, client: int) -> Plan:
         assert self._open is not None
@@ -215,7 +299,8 @@ class Coordinator:
         catch_up = self._catch_up(member.applied)
         initial = self.ledger.artifact(spec.initial) if member.needs_initial and member.applied == 0 else b""
         plan = Plan(
-            spec.run_id, round_, client, self._open.seeds[client], spec.eps, spec.batch_size, digest, catch_up, initial
+            spec.run_id, round_, client, self._open.seeds[client], spec.eps, spec.batch_size, digest, catch_up, initial,
+            self._clip,
         )  # fmt: skip
         self._open.bytes_down += len(plan.to_bytes())
         self._open.artifact_bytes += sum(4 * r.gradients.size for r in catch_up.records if r.gradients is not None)
@@ -255,7 +340,8 @@ class Coordinator:
         reason: str | None
         try:
             spec = self.spec
-            if len(data) > max_contribution_bytes(spec.local_steps, spec.queries, spec.scalars, self._entries):
+            counts = None if self._sanitiser is None else self._sanitiser.counts
+            if len(data) > max_contribution_bytes(spec.local_steps, spec.queries, spec.scalars, self._entries, counts):
                 raise ProtocolError("longer than any right message")
             message = decode(data)
         except ProtocolError:
@@ -278,9 +364,13 @@ class Coordinator:
                     reason = message.reason
                     if reason == "digest":
                         self.members[client].applied = 0
+                    elif reason == "budget":
+                        self._spent.add(client)
         if reason is None:
-            assert isinstance(message, Contribution)
-            current.contributions[client] = message
+            if isinstance(message, Contribution):
+                current.contributions[client] = message
+            else:
+                current.held.add(client)
             self.members[client].applied = current.round
         else:
             current.dropped[reason] += 1
@@ -294,7 +384,37 @@ class Coordinator:
             self._open.dropped["no-reply"] += 1
             self._open.answered.add(client)
 
-    def _fault(self, client: int, message: Contribution | Behind | Failure) -> str | None:
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """The clients that hold a contribution for the secure sum, ascending; () where there is none to make."""
+        return tuple(sorted(self._open.held)) if self._open is not None else ()
+
+    @property
+    def threshold(self) -> int:
+        """Clients that must be in the secure sum, below which it may not be revealed."""
+        return self._survivors
+
+    def receive_total(self, total: tuple[tuple[int, ...], Ints] | None) -> None:
+        """Takes the secure sum of a round: the clients in it, and int64 [K C P + counts]; None: it was not revealed.
+
+        Raises:
+            ProtocolError: it is no sum of what the clients hold.
+        """
+        current = self._open
+        if current is None or total is None:
+            return
+        clients, sums = total
+        assert self._sanitiser is not None
+        size = self._sanitiser.local_steps * self._sanitiser.width + self._sanitiser.counts
+        if sums.shape != (size,) or not set(clients) <= current.held or len(clients) < self.threshold:
+            raise ProtocolError(
+                f"a secure sum of {len(clients)} clients and {sums.shape} entries, wanted at least {self.threshold} of "
+                f"the {len(current.held)} that hold one, and {size} entries"
+            )
+        current.total = tuple(sorted(clients)), sums
+        current.bytes_up += len(current.held) * sums.nbytes  # masked, each has the sum's size
+
+    def _fault(self, client: int, message: Contribution | Held | Behind | Failure) -> str | None:
         """Why a message must be dropped, or None."""
         current = self._open
         assert current is not None
@@ -304,8 +424,11 @@ class Coordinator:
             return "not-asked"
         if message.round != current.round:
             return "late"
-        if client in current.contributions:
+        if client in current.contributions or client in current.held:
             return "duplicate"
+        secure = self._terms is not None and self._terms.mode == "client-secagg"
+        if isinstance(message, Held | Contribution) and isinstance(message, Held) != secure:
+            return "malformed"
         return self._content_fault(client, message) if isinstance(message, Contribution) else None
 
     def _content_fault(self, client: int, message: Contribution) -> str | None:
@@ -318,11 +441,19 @@ class Coordinator:
             return "shape"
         if not np.array_equal(message.seeds, wanted):
             return "seeds"
-        if message.examples != self.members[client].examples:
+        if (message.counts is None) != (self._sanitiser is None):
+            return "malformed"
+        if message.counts is not None and self._sanitiser is not None:
+            if message.counts.size != self._sanitiser.counts:
+                return "shape"
+            arrays.append(message.counts)
+        elif message.examples != self.members[client].examples:
             return "examples"
-        if not np.isfinite(message.loss) or not all(np.isfinite(array).all() for array in arrays):
+        if message.loss is not None and not np.isfinite(message.loss):
             return "not-finite"
-        return "bound" if any(np.abs(array).max() > self.spec.scalar_bound for array in arrays) else None
+        if not all(np.isfinite(array).all() for array in arrays):
+            return "not-finite"
+        return "bound" if any(np.abs(array).max(initial=0.0) > self.spec.scalar_bound for array in arrays) else None
 
     def close_round(self) -> RoundSummary:
         """Aggregates, applies, commits. Below its quorum a round is committed without records and moves nothing.
@@ -335,40 +466,77 @@ class Coordinator:
             raise ProtocolError("no round is open")
         for client in current.seeds:
             self.lost(client)
+        entry = self._entry(current)
+        self.replica.apply([entry.records()])
+        if spec.has_digest(current.round):
+            entry = replace(entry, digest=self.replica.digest())
+        losses = [c.loss for c in map(current.contributions.get, entry.clients) if c is not None and c.loss is not None]
+        secret = self._terms is not None and self._terms.secret
+        summary = RoundSummary(
+            round=current.round,
+            sampled=len(current.seeds),
+            accepted=len(current.contributions) if secret else len(entry.clients),
+            dropped=dict(sorted(current.dropped.items())),
+            loss=float(np.mean(losses)) if losses else None,
+            bytes_down=current.bytes_down,
+            bytes_up=current.bytes_up,
+            artifact_bytes=current.artifact_bytes,
+            scalars=int(entry.scalars.size),
+            max_scalar=float(np.abs(entry.scalars).max()) if entry.scalars.size else 0.0,
+            clip=self._clip if self._terms is not None else None,
+        )
+        self.ledger.append(entry, summary.kept(secret))
+        self._note(entry)
+        self._open = None
+        return summary
+
+    def _entry(self, current: _Open) -> LedgerRound:
+        """The round as the ledger will hold it, without theta's digest; moves the clipping bound."""
+        if self._sanitiser is not None and not self._sanitiser.terms.local:
+            return self._summed(current, self._sanitiser)
         clients = sorted(current.contributions)
-        if len(clients) < spec.quorum:
+        if len(clients) < self.spec.quorum:
             if clients:
                 current.dropped["quorum"] += len(clients)
             clients = []
         contributions = [current.contributions[client] for client in clients]
         seeds, scalars = self._combine(contributions)
-        entry = LedgerRound(current.round, seeds, scalars, tuple(clients), NO_DIGEST, self._gradients(contributions))
-        self.replica.apply([entry.records()])
-        if spec.has_digest(current.round):
-            entry = replace(entry, digest=self.replica.digest())
-        summary = RoundSummary(
-            round=current.round,
-            sampled=len(current.seeds),
-            accepted=len(clients),
-            dropped=dict(sorted(current.dropped.items())),
-            loss=float(np.mean([c.loss for c in contributions])) if contributions else None,
-            bytes_down=current.bytes_down,
-            bytes_up=current.bytes_up,
-            artifact_bytes=current.artifact_bytes,
-            scalars=int(scalars.size),
-            max_scalar=float(np.abs(scalars).max()) if scalars.size else 0.0,
-        )
-        self.ledger.append(entry, vars(summary))
-        self._note(entry)
-        self._open = None
-        return summary
+        counts = [c.counts for c in contributions if c.counts is not None and c.counts.size]
+        if counts and self._sanitiser is not None:
+            self._clip = self._sanitiser.next_bound(self._clip, float(np.mean(counts, dtype=np.float64)))
+        return LedgerRound(current.round, seeds, scalars, tuple(clients), NO_DIGEST, self._gradients(contributions))
+
+    def _summed(self, current: _Open, sanitiser: Sanitiser) -> LedgerRound:
+        """A round of which only a noised sum is released; without records, when nobody answered who was asked."""
+        clients: tuple[int, ...] = ()
+        if sanitiser.terms.mode == "client-secagg":
+            released = None
+            if current.total is not None:
+                clients, sums = current.total
+                released = sanitiser.unpack(sums, self._clip)
+            elif current.held:
+                current.dropped["quorum"] += len(current.held)
+        else:
+            answers = [current.contributions[client] for client in sorted(current.contributions)]
+            parts = [(answer.scalars, answer.counts) for answer in answers if answer.counts is not None]
+            void = bool(current.seeds) and not parts
+            released = None if void else sanitiser.total(parts, self._clip)
+        if released is None:
+            return LedgerRound(current.round, *self._nothing(), clients, NO_DIGEST)
+        scalars, counts = released
+        if counts.size:
+            self._clip = sanitiser.next_bound(self._clip, float(counts[0]))
+        return LedgerRound(current.round, current.shared, scalars.astype(np.float32), clients, NO_DIGEST)
+
+    def _nothing(self) -> tuple[Seeds, Scalars]:
+        shape = (self.spec.local_steps, 0)
+        return np.empty(shape, dtype=np.uint64), np.empty(shape, dtype=np.float32)
 
     def _combine(self, contributions: Sequence[Contribution]) -> tuple[Seeds, Any]:
         """The records [K, R] of a round: mean scalars of a seed, or every client's own seeds with weighted scalars."""
         spec = self.spec
         if not contributions:
-            shape = (spec.local_steps, 0)
-            return np.empty(shape, dtype=np.uint64), np.empty(shape, dtype=np.float32)
+            return self._nothing()
         weights = _weights(contributions)
         stacked = np.stack([c.scalars.astype(np.float64) for c in contributions])
         if spec.seeds == "shared":
@@ -391,8 +559,8 @@ class Coordinator:
 
 
 def _weights(contributions: Sequence[Contribution]) -> npt.NDArray[np.float64]:
-    """The share of each client's examples."""
-    counts = np.array([c.examples for c in contributions], dtype=np.float64)
+    """The share of each client's examples; where they are not said, all clients count the same."""
+    counts = np.array([1 if c.examples is None else c.examples for c in contributions], dtype=np.float64)
     shares: npt.NDArray[np.float64] = counts / counts.sum()
     return shares
 

@@ -5,7 +5,8 @@ import json
 import os
 import sqlite3
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ CREATE TABLE artifacts (hash TEXT PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE evaluations (round INTEGER NOT NULL, split TEXT NOT NULL, metrics TEXT NOT NULL,
                           PRIMARY KEY (round, split));
 CREATE TABLE members (client INTEGER PRIMARY KEY, details TEXT NOT NULL);
+CREATE TABLE charges (round INTEGER NOT NULL, client INTEGER, releases INTEGER NOT NULL);
+CREATE TABLE ending (id INTEGER PRIMARY KEY CHECK (id = 0), reason TEXT NOT NULL);
 """
 _PAYLOAD = struct.Struct("<IHI32sI")
 _WITH_GRADIENTS = 1 << 31  # in a payload's number of records
@@ -326,6 +329,41 @@ class Ledger:
         """Client -> quantisation, compute_dtype and examples, as it registered last."""
         rows = self._all("SELECT client, details FROM members ORDER BY client")
         return {int(client): self._json(text) for client, text in rows}
+
+    def charge(self, round_: int, clients: Sequence[int] | None, releases: int) -> None:
+        """Writes down the releases that a private round is about to make of its clients' data (None: of everyone's).
+
+        A round that is begun anew after a crash is charged anew: what it had asked for may have been released.
+        """
+        rows = [(round_, client, releases) for client in ([None] if clients is None else sorted(clients))]
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT INTO charges VALUES (?, ?, ?)", rows)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._rollback()
+            raise LedgerError(
+                f"the privacy budget of round {round_} could not be charged in {self.path} ({error}), so the round was "
+                f"not begun; all {self._rounds} rounds are intact: free disk space, then `fedzo resume`"
+            ) from error
+
+    def charges(self) -> "Counter[int | None]":
+        """Releases charged: of each client, and (None) of everyone."""
+        rows = self._all("SELECT client, SUM(releases) FROM charges GROUP BY client")
+        return Counter({None if client is None else int(client): int(total) for client, total in rows})
+
+    def record_end(self, reason: str) -> None:
+        """Keeps why a run ended before its last round; not hashed."""
+        try:
+            self._db.execute("INSERT OR REPLACE INTO ending VALUES (0, ?)", (reason,))
+        except sqlite3.Error as error:
+            raise LedgerError(f"the end of the run could not be written to {self.path} ({error})") from error
+
+    @property
+    def ended(self) -> str:
+        """Why the run ended before its last round; "": it did not."""
+        row = self._one("SELECT reason FROM ending")
+        return str(row[0]) if row else ""
 
     def summaries(self) -> list[dict[str, Any]]:
         """The summaries of all rounds, in order."""

@@ -1,4 +1,4 @@
-"""What travels: hello, plan, contribution and their two refusals, as little-endian bytes.
+"""What travels: hello, plan, contribution (or word that one is held) and their two refusals, as little-endian bytes.
 
 Every message starts with a fixed head: magic "fz", protocol version, kind, run id (8 bytes), round, client. A message
 is checked for its length before anything in it is believed.
@@ -16,14 +16,16 @@ from fedzo.federation.spec import PROTOCOL
 from fedzo.optimizers import Scalars, Seeds
 
 _HEAD = struct.Struct("<2sBB8sII")
-_PLAN = struct.Struct("<HHdI32sBIII")
+_PLAN = struct.Struct("<HHddI32sBIII")
 _CONTRIBUTION = struct.Struct("<HHIf")
+_PRIVATE = struct.Struct("<HHH")
 _ROUND = struct.Struct("<HIB")
 _ENTRIES = struct.Struct("<I")
 _WITH_GRADIENTS = 1 << 31  # in a round's number of records
 _KIND_PLAN, _KIND_CONTRIBUTION, _KIND_BEHIND, _KIND_FAILURE, _KIND_GRADIENTS = 1, 2, 3, 4, 5
-FailureReason = Literal["digest", "not-finite"]
-_REASONS: tuple[FailureReason, ...] = ("digest", "not-finite")
+_KIND_PRIVATE, _KIND_HELD = 6, 7
+FailureReason = Literal["digest", "not-finite", "budget"]
+_REASONS: tuple[FailureReason, ...] = ("digest", "not-finite", "budget")
 _CATCH_UP: tuple[Literal["none", "records", "snapshot"], ...] = ("none", "records", "snapshot")
 
 
@@ -33,7 +35,7 @@ class Hello:
 
     Attributes:
         client: number of the client, 0 <= client < clients.
-        examples: examples that it trains on.
+        examples: examples that it trains on; 0 in a private run, where it does not say.
         protocol, fingerprint, mask, space_hash, theta0, family, theta_dtype: as in RunSpec, and must match it.
         quantisation, compute_dtype: of its base; may differ from others', and are recorded.
     """
@@ -106,6 +108,7 @@ class Plan:
         batch_size: examples of a local step.
         digest: SHA-256 of theta that the client must stand at, or 32 zero bytes when none was taken.
         catch_up: what the client missed.
+        clip: of a private run, the bound on the norm of a unit's scalars; else 0.
         initial: initial values of parameters that the base model does not have, when the client's differ; else b"".
     """
 
@@ -118,6 +121,7 @@ class Plan:
     digest: bytes
     catch_up: CatchUp
     initial: bytes = b""
+    clip: float = 0.0
 
     def to_bytes(self) -> bytes:
         return self._bytes
@@ -129,8 +133,9 @@ class Plan:
         body = b"".join(r.to_bytes() for r in caught.records) if caught.kind == "records" else caught.snapshot
         kind = _CATCH_UP.index(caught.kind)
         fixed = _PLAN.pack(
-            steps, queries, self.eps, self.batch_size, self.digest, kind, caught.start, len(body), len(self.initial)
-        )
+            steps, queries, self.eps, self.clip, self.batch_size, self.digest, kind, caught.start, len(body),
+            len(self.initial),
+        )  # fmt: skip
         head = _HEAD.pack(b"fz", PROTOCOL, _KIND_PLAN, self.run_id, self.round, self.client)
         return head + fixed + self.seeds.astype("<u8").tobytes() + body + self.initial
 
@@ -144,10 +149,12 @@ class Contribution:
         seeds: uint64 [K, P], the plan's.
         scalars: float32 [K, C P], the mean projected gradient over the step's batch for each seed; behind them, for
             a method of C = 2 scalars a query, the second ones.
-        examples: examples that the client trains on.
-        loss: mean loss over its steps.
+        examples: examples that the client trains on; None in a private run, where it does not say.
+        loss: mean loss over its steps; None in a private run.
         gradients: float32 [K, F], the gradient of the mean loss over the step's batch with respect to the entries that
             the update rule moves by gradients (`Rule.ranges`); None: it has none.
+        counts: float32 [n] of a private run, how many units were within the bound (`Sanitiser`); n is 0 where the bound
+            is fixed. None: the run is not private.
     """
 
     run_id: bytes
@@ -155,16 +162,33 @@ class Contribution:
     client: int
     seeds: Seeds
     scalars: Scalars
-    examples: int
-    loss: float
+    examples: int | None
+    loss: float | None
     gradients: Scalars | None = None
+    counts: Scalars | None = None
 
     def to_bytes(self) -> bytes:
         steps, queries = self.seeds.shape
+        if self.counts is not None:
+            head = _HEAD.pack(b"fz", PROTOCOL, _KIND_PRIVATE, self.run_id, self.round, self.client)
+            fixed = _PRIVATE.pack(steps, queries, self.counts.size)
+            return head + fixed + self.counts.astype("<f4").tobytes() + _pack(self.seeds, self.scalars, None)
         kind = _KIND_CONTRIBUTION if self.gradients is None else _KIND_GRADIENTS
         head = _HEAD.pack(b"fz", PROTOCOL, kind, self.run_id, self.round, self.client)
         fixed = _CONTRIBUTION.pack(steps, queries, self.examples, self.loss)
         return head + fixed + _pack(self.seeds, self.scalars, self.gradients)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A worker has done a plan, and keeps its contribution for the secure sum."""
+
+    run_id: bytes
+    round: int
+    client: int
+
+    def to_bytes(self) -> bytes:
+        return _HEAD.pack(b"fz", PROTOCOL, _KIND_HELD, self.run_id, self.round, self.client)
 
 
 @dataclass(frozen=True)
@@ -183,9 +207,10 @@ class Behind:
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker could not do a plan; the reason is one of a fixed list of words, never free text (no data leaks).
+    """A worker could not do a plan; the reason is one of a fixed list of words, never free text, which may hold data.
 
-    "digest": its theta was not the plan's, it starts over; "not-finite": its losses were not.
+    "digest": its theta was not the plan's, it starts over; "not-finite": its losses were not; "budget": it would
+    release more than its privacy budget.
     """
 
     run_id: bytes
@@ -198,7 +223,7 @@ class Failure:
         return head + struct.pack("<B", _REASONS.index(self.reason))
 
 
-Message = Plan | Contribution | Behind | Failure
+Message = Plan | Contribution | Held | Behind | Failure
 
 
 def _pack(seeds: Seeds, scalars: Scalars, gradients: Scalars | None) -> bytes:
@@ -224,15 +249,21 @@ def _unpack(data: memoryview, steps: int, width: int, entries: int | None) -> tu
     return seeds, scalars, None if entries is None else values[rest // 4 :].reshape(steps, entries)
 
 
-def max_contribution_bytes(local_steps: int, queries: int, scalars: int = 1, entries: int = 0) -> int:
+def max_contribution_bytes(
+    local_steps: int, queries: int, scalars: int = 1, entries: int = 0, counts: int | None = None
+) -> int:
     """The length of a right contribution, which no right message of a worker exceeds.
 
     Args:
         scalars: C, of a query.
         entries: F, of a gradient; 0: the contribution has none.
+        counts: of a private run's contribution; None: the run is not private.
     """
+    body = (8 + 4 * scalars) * local_steps * queries
+    if counts is not None:
+        return _HEAD.size + _PRIVATE.size + 4 * counts + body
     gradients = _ENTRIES.size + 4 * local_steps * entries if entries else 0
-    return _HEAD.size + _CONTRIBUTION.size + (8 + 4 * scalars) * local_steps * queries + gradients
+    return _HEAD.size + _CONTRIBUTION.size + body + gradients
 
 
 def decode(data: bytes) -> Message:
@@ -258,6 +289,17 @@ def decode(data: bytes) -> Message:
             entries, body = _entries(body[_CONTRIBUTION.size :], kind == _KIND_GRADIENTS)
             seeds, scalars, gradients = _unpack(body, steps, queries, entries)
             return Contribution(run_id, round_, client, seeds, scalars, examples, loss, gradients)
+        if kind == _KIND_PRIVATE:
+            steps, queries, number = _PRIVATE.unpack_from(body)
+            body = body[_PRIVATE.size :]
+            if len(body) < 4 * number:
+                raise ProtocolError(f"counts of {len(body)} bytes, wanted {4 * number}")
+            counts = np.frombuffer(body[: 4 * number], dtype="<f4").astype(np.float32)
+            seeds, scalars, _ = _unpack(body[4 * number :], steps, queries, None)
+            return Contribution(run_id, round_, client, seeds, scalars, None, None, None, counts)
+        if kind == _KIND_HELD:
+            _expect(len(body), 0)
+            return Held(run_id, round_, client)
         if kind == _KIND_BEHIND:
             _expect(len(body), 4)
             return Behind(run_id, round_, client, struct.unpack("<I", body)[0])
@@ -282,7 +324,7 @@ def _expect(length: int, wanted: int) -> None:
 
 
 def _decode_plan(body: memoryview, run_id: bytes, round_: int, client: int) -> Plan:
-    steps, queries, eps, batch_size, digest, kind, start, length, initial = _PLAN.unpack_from(body)
+    steps, queries, eps, clip, batch_size, digest, kind, start, length, initial = _PLAN.unpack_from(body)
     body = body[_PLAN.size :]
     if kind >= len(_CATCH_UP):
         raise ProtocolError(f"unknown kind of catch-up {kind}")
@@ -302,4 +344,4 @@ def _decode_plan(body: memoryview, run_id: bytes, round_: int, client: int) -> P
             caught = caught[size:]
     snapshot = bytes(rest[:length]) if _CATCH_UP[kind] == "snapshot" else b""
     catch_up = CatchUp(_CATCH_UP[kind], start, round_, tuple(records), snapshot)
-    return Plan(run_id, round_, client, seeds, eps, batch_size, digest, catch_up, bytes(rest[length:]))
+    return Plan(run_id, round_, client, seeds, eps, batch_size, digest, catch_up, bytes(rest[length:]), clip)

@@ -61,6 +61,11 @@ def bernoulli(seed: int, total: int, rate: float) -> npt.NDArray[np.int64]:
     return np.flatnonzero(hit).astype(np.int64)
 
 
+def sample_clients(place: int, clients: int, rate: float) -> npt.NDArray[np.int64]:
+    """All client numbers in random order, or with a rate above 0 each with that probability, ascending."""
+    return bernoulli(place, clients, rate) if rate > 0.0 else shuffled(place, clients)
+
+
 def pool_seeds(seed: int, size: int) -> Seeds:
     """The fixed pool of `size` different direction seeds of a run."""
     words = words64(derive(seed, "pool"), size)

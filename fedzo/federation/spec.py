@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from fedzo.errors import ConfigError, LedgerError
@@ -12,10 +13,12 @@ from fedzo.estimators import ESTIMATORS, Estimator
 from fedzo.federation.randomness import derive, pool_seeds
 from fedzo.limits import NO_POOL, Value
 from fedzo.optimizers import OPTIMIZERS, SGD, Hybrid, PoolSGD, Rule, Schedule, Setup
+from fedzo.privacy.sanitiser import Sanitiser
+from fedzo.privacy.terms import Terms
 from fedzo.registry import lookup
 from fedzo.structures import STRUCTURES, Frame, Layout, Structure
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 SeedSchedule = Literal["shared", "independent", "pool", "weighted-pool"]
 SEED_SCHEDULES: tuple[SeedSchedule, ...] = ("shared", "independent", "pool", "weighted-pool")
@@ -48,6 +51,7 @@ class RunSpec:
         clip: magnitude to which a client cuts its scalars (0: it does not).
         structure: which directions the seeds stand for.
         settings: those keys of ``method`` that estimator, structure and optimizer read, by name.
+        privacy: the terms of a private run by name (`fedzo.privacy.Terms`); empty: the run is not private.
     """
 
     protocol: int
@@ -86,6 +90,7 @@ class RunSpec:
     clip: float = 0.0
     structure: str = "isotropic"
     settings: Mapping[str, Value] = field(default_factory=dict)
+    privacy: Mapping[str, Value] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, shortest float that reads back the same."""
@@ -111,7 +116,24 @@ class RunSpec:
                 f"the ledger's header has protocol version {spec.protocol}, this version of fedzo has {PROTOCOL}; "
                 "use the version of fedzo that wrote it"
             )
+        _ = spec.terms
         return spec
+
+    @cached_property
+    def terms(self) -> Terms | None:
+        """The terms of a private run, or None.
+
+        Raises:
+            LedgerError: they are not those of this version of fedzo.
+        """
+        return Terms.from_header(self.privacy) if self.privacy else None
+
+    @cached_property
+    def sanitiser(self) -> Sanitiser | None:
+        """What a private run's releases go through, or None."""
+        if self.terms is None:
+            return None
+        return Sanitiser(self.terms, self.local_steps, self.scalars * self.queries, self.batch_size, self.clients)
 
     @property
     def hash(self) -> bytes:

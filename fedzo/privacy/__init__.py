@@ -1,0 +1,1 @@
+"""Differential privacy on the scalars: clipping, mechanisms, accounting, budgets."""

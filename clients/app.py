@@ -20,6 +20,7 @@ from fedzo.errors import FedzoError, ProtocolError
 from fedzo.experiment import Experiment
 from fedzo.federation.replica import Replica
 from fedzo.federation.spec import RunSpec
+from fedzo.privacy.terms import Terms
 from fedzo.runtime import keep_memory
 from fedzo.spaces import Mask
 
@@ -64,7 +65,7 @@ def _enter(context: Context, spec: str) -> tuple[int, Experiment, Replica]:
     """The client's number, and what its process keeps.
 
     Raises:
-        ProtocolError: the node has no number, or one that the run does not have.
+        ProtocolError: the node has no number, or one that the run does not have, or its owner wants more privacy.
         FedzoError: from whatever part of the experiment cannot be made here.
     """
     number, clients = context.node_config.get("partition-id"), RunSpec.from_json(spec).clients
@@ -72,7 +73,25 @@ def _enter(context: Context, spec: str) -> tuple[int, Experiment, Replica]:
         raise ProtocolError("a node has no client number; give it one with --node-config 'partition-id=0'")
     if not 0 <= number < clients:
         raise ProtocolError(f"client {number} refused: the run has the clients 0 to {clients - 1}")
+    _check_owner(context, RunSpec.from_json(spec).terms)
     return number, *_resident(context.run_id, tuple(sorted(context.run_config.items())), spec).of(number)
+
+
+def _check_owner(context: Context, terms: Terms | None) -> None:
+    """What the node's owner asks of a run: --node-config "max-epsilon=2.0 privacy-modes='example-local,client-local'".
+
+    Raises:
+        ProtocolError: the run does not promise it.
+    """
+    most, modes = context.node_config.get("max-epsilon"), context.node_config.get("privacy-modes")
+    if most is None and modes is None:
+        return
+    if terms is None:
+        raise ProtocolError("refused: this node takes part in private runs only, and the run is not one")
+    if most is not None and not (isinstance(most, int | float) and terms.epsilon <= most):
+        raise ProtocolError(f"refused: this node's max-epsilon is {most}, the run's epsilon is {terms.epsilon:g}")
+    if modes is not None and terms.mode not in [mode.strip() for mode in str(modes).split(",")]:
+        raise ProtocolError(f"refused: this node's privacy-modes are {modes}, the run's is {terms.mode}")
 
 
 def _fetch(context: Context, mask: str, greeting: ConfigRecord) -> ConfigRecord | None:

@@ -464,13 +464,13 @@ class Experiment:
         return make_terms(config, [len(part) for part in self._parts], scalars)
 
     def _account(self, number: int, spec: RunSpec, folder: Path | None) -> Account | None:
-        """A client's own budget, kept below a folder of its machine; None: the run's noise is not its own.
+        """A client's own budget, kept below a folder of its machine; None: the server keeps the run's.
 
         Raises:
             RunError: the budget that is there cannot be read.
         """
         terms, sanitiser = spec.terms, spec.sanitiser
-        if folder is None or terms is None or sanitiser is None or not terms.local:
+        if folder is None or terms is None or sanitiser is None or terms.secret:
             return None
         examples = len(self.client_data(number))
         rate = min(1.0, spec.batch_size / max(1, examples)) if terms.of_examples else None

@@ -10,7 +10,7 @@ from fedzo.config import Config
 from fedzo.errors import ConfigError
 from fedzo.federation.randomness import derive, sample_clients
 from fedzo.federation.spec import RunSpec
-from fedzo.privacy.accounting import calibrate, epsilon
+from fedzo.privacy.accounting import Sampling, calibrate, epsilon
 from fedzo.privacy.mechanisms import LEVELS, require_opendp
 from fedzo.privacy.sanitiser import Sanitiser
 from fedzo.privacy.secure_sum import levels
@@ -33,7 +33,8 @@ def make_terms(config: Config, sizes: Sequence[int], scalars: int) -> Terms:
     """
     require_opendp()
     privacy, federation, method, mode = config.privacy, config.federation, config.method, config.privacy.mode
-    sampling, rate, asked, units = "none", 1.0, 0, 0
+    sampling: Sampling = "none"
+    rate, asked, units = 1.0, 0, 0
     releases = federation.rounds
     if mode == "example-local":
         largest = max(sizes)

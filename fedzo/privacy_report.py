@@ -49,7 +49,7 @@ def spent(ledger: Ledger, budgets: Path) -> list[Spent]:
     for client in [None] if terms.mode == "client-central" else range(ledger.spec.clients):
         releases, rate, own = charges[client], terms.rate, False
         units = ledger.spec.clients if client is None else round(ledger.spec.batch_size / terms.rate)
-        if terms.local and client is not None:
+        if client is not None:
             kept = _kept(budgets / ledger.spec.run_id.hex() / f"{client}.json")
             if kept is not None:
                 releases, rate, units, own = int(kept["releases"]), float(kept["rate"]), int(kept["units"]), True

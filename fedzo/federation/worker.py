@@ -44,7 +44,7 @@ class Worker:
         data: the client's own examples; in a private run there may be none.
         fingerprint, mask, space_hash, theta0, theta_dtype, quantisation, compute_dtype: of this process's base model
             and space, for the handshake.
-        account: the client's own budget, which a run with noise of its own needs.
+        account: the client's own budget, which a private run needs where the client adds noise, or a share of it.
 
     Attributes:
         held: of a run with a secure sum, the vector int64 of the last plan's contribution, which nobody may see alone.
@@ -71,7 +71,7 @@ class Worker:
         self.account = account
         self.held: Ints | None = None
         terms = replica.spec.terms
-        if terms is not None and terms.local and account is None:
+        if terms is not None and not terms.secret and account is None:
             raise ProtocolError(f'client {client}: privacy.mode = "{terms.mode}" needs a budget of the client\'s own')
         self._hello = Hello(
             client, 0 if terms else len(data), PROTOCOL, fingerprint, mask, space_hash, theta0, replica.spec.family,
@@ -88,13 +88,13 @@ class Worker:
         of the evaluation that is thrown in counts as scalars of 0, unless the server is trusted.
 
         Raises:
-            ProtocolError: the plan is another run's or another client's, or its bound is none.
+            ProtocolError: the plan is another run's or another client's, or asks a private run for other than its terms.
         """
         spec, replica, sanitiser = self.replica.spec, self.replica, self.replica.spec.sanitiser
         if plan.run_id != spec.run_id or plan.client != self.client:
             raise ProtocolError(f"plan for client {plan.client} of another run, this is client {self.client}")
-        if sanitiser is not None and not 0.0 < plan.clip < math.inf:
-            raise ProtocolError(f"plan with a clipping bound of {plan.clip}, wanted a number above 0")
+        if sanitiser is not None:
+            self._check(plan)
         if replica.rounds > plan.round or (plan.initial and replica.rounds == 0):
             replica.reset(plan.initial)
         # Also before a snapshot: one of pool coefficients builds on theta0, whose initial values a restart has lost.
@@ -109,6 +109,15 @@ class Worker:
         if self.account is not None and not self.account.charge(sanitiser.releases):
             return self._failure(plan, "budget")
         return (yield from self._private(plan, sanitiser))
+
+    def _check(self, plan: Plan) -> None:
+        """The budget counts on steps, queries and batches as the header has them, and a server may ask for others."""
+        spec = self.replica.spec
+        asked, wanted = (*plan.seeds.shape, plan.batch_size), (spec.local_steps, spec.queries, spec.batch_size)
+        if asked != wanted:
+            raise ProtocolError(f"plan with steps, queries and batch size {asked}, the run's are {wanted}")
+        if not 0.0 < plan.clip < math.inf:
+            raise ProtocolError(f"plan with a clipping bound of {plan.clip}, wanted a number above 0")
 
     def _failure(self, plan: Plan, reason: FailureReason) -> Failure:
         return Failure(plan.run_id, plan.round, self.client, reason)

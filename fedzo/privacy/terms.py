@@ -89,7 +89,8 @@ class Terms:
 
     @property
     def secret(self) -> bool:
-        """Whether the guarantee rests on nobody knowing who took part in a round."""
+        """Whether the guarantee rests on nobody but the server knowing who took part in a round. The budget is then the
+        run's; else each client keeps one of its own."""
         return self.mode == "client-central"
 
     @property

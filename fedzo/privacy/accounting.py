@@ -1,20 +1,46 @@
-"""Accounting: how many releases with how much noise make which (epsilon, delta)."""
+"""Accounting: how many releases with how much noise make which (epsilon, delta).
 
+The authority is dp-accounting: its privacy loss distributions, and for draws of a fixed number its Renyi accountant.
+Opacus' accountants are cross-checks behind the same interface. Its Gaussian accountant (GDP) is not among them: a limit
+theorem, whose value is below the true one.
+"""
+
+import importlib.util
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from fedzo.errors import ConfigError
 
 Mechanism = Literal["gaussian", "laplace"]
 Sampling = Literal["none", "poisson", "fixed"]
 
+# Of the rough epsilon: how finely a privacy loss distribution is discretised. The finest that is worth while.
+_FINENESS, _FINEST = 2e-5, 1e-7
+# Beyond this epsilon nothing is promised, and the rough bound is exact enough.
+_ABSURD = 200.0
+_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512, 768, 1024)
+# Relative, of a calibrated noise multiplier, and its digits.
+_WIDTH, _DIGITS = 1e-4, 6
+
 
 @dataclass(frozen=True)
 class Release:
-    """One noised release, as an accountant sees it."""
+    """One noised release, as an accountant sees it.
+
+    Attributes:
+        mechanism: law of the noise.
+        noise_multiplier: standard deviation (Gaussian) or scale (Laplace) of the noise over the bound on the L2 (L1)
+            norm of one unit's part.
+        sampling: how the units that take part are drawn.
+        rate: probability that a unit takes part (poisson), or share of the units that do (fixed).
+        units: of which a fixed number, `rate` times as many, is drawn; 0 unless sampling is "fixed".
+        slack: added to epsilon for each release: the noise is drawn on a grid (`Gaussian.slack`).
+    """
 
     mechanism: Mechanism
     noise_multiplier: float
@@ -25,125 +51,217 @@ class Release:
 
     @property
     def relation(self) -> str:
+        """Which data sets are neighbours: a unit gives its part or nothing, or another unit's part."""
         return "replace-one" if self.sampling == "fixed" else "zero-out"
+
+    @property
+    def chance(self) -> float:
+        """The probability of taking part that amplification may count on: 1 where it may not."""
+        return self.rate if self.sampling == "poisson" else 1.0
+
+    @property
+    def pure(self) -> float:
+        """epsilon of one release of Laplace noise with delta = 0, without slack.
+
+        Under Poisson sampling log(1 + q (e^epsilon - 1)) (Balle, Barthe, Gaboardi, arXiv 1807.01647, theorem 8).
+        Replacing one unit by another moves a sum twice as far; of fixed draws no amplification is claimed.
+        """
+        one = (2.0 if self.sampling == "fixed" else 1.0) / self.noise_multiplier
+        return math.log1p(self.chance * math.expm1(one)) if one < 700.0 else one + math.log(self.chance)
 
 
 class Accountant(ABC):
+    """Composes equal releases.
+
+    Attributes:
+        name: in `ACCOUNTANTS`.
+        source: what it computes, and by whose code.
+    """
+
     name: ClassVar[str]
     source: ClassVar[str]
 
     @abstractmethod
-    def limit(self, release: Release, delta: float) -> str | None: ...
+    def limit(self, release: Release, delta: float) -> str | None:
+        """Why it does not cover such releases; None: it does."""
 
     @abstractmethod
-    def epsilon(self, release: Release, count: int, delta: float) -> float: ...
+    def epsilon(self, release: Release, count: int, delta: float) -> float:
+        """epsilon of at least one release at a delta; inf where there is none. Slack is not in it."""
 
 
-class PLD(Accountant):
-    name, source = "pld", "privacy loss distributions (Google's dp-accounting)"
+class PrivacyLoss(Accountant):
+    """Privacy loss distributions, discretised so that epsilon is not below the truth.
+
+    Of Gaussian noise on a vector that of one coordinate with the whole shift, which it is by rotation. Of Laplace noise
+    that of the worst mechanism of the same pure epsilon, which randomised response is (Kairouz, Oh, Viswanath, arXiv
+    1311.0776): it does not matter how the shift is spread over the vector.
+    """
+
+    name = "pld"
+    source = "privacy loss distributions, dp-accounting (Doroshenko et al., Connect the Dots, arXiv 2207.04380)"
 
     def limit(self, release: Release, delta: float) -> str | None:
-        return None if release.sampling != "fixed" and delta > 0 else "no"
+        if release.sampling == "fixed":
+            return "draws of a fixed number have no privacy loss distribution here"
+        return "delta = 0 has no privacy loss distribution" if delta == 0.0 else None
 
     def epsilon(self, release: Release, count: int, delta: float) -> float:
-        from dp_accounting.pld import common, privacy_loss_distribution as pld
+        rough = _rough(release, count, delta)
+        if not rough < _ABSURD:
+            return rough
+        _require("dp_accounting", "dp-accounting")
+        from dp_accounting.pld import common
+        from dp_accounting.pld import privacy_loss_distribution as losses
 
+        interval = max(rough * _FINENESS, _FINEST)
         if release.mechanism == "gaussian":
-            q = release.rate if release.sampling == "poisson" else 1.0
-            one = pld.from_gaussian_mechanism(
-                release.noise_multiplier, sampling_prob=q, use_connect_dots=True, value_discretization_interval=1e-4
-            )
+            one = losses.from_gaussian_mechanism(
+                release.noise_multiplier, sampling_prob=release.chance, value_discretization_interval=interval,
+                use_connect_dots=True,
+            )  # fmt: skip
         else:
-            one = pld.from_privacy_parameters(common.DifferentialPrivacyParameters(_pure(release), 0.0))
-        return float(one.self_compose(count).get_epsilon_for_delta(delta)) + count * release.slack
-
-
-def _pure(release: Release) -> float:
-    one = 1.0 / release.noise_multiplier
-    if release.sampling == "fixed":
-        return 2 * one
-    return math.log1p(release.rate * math.expm1(one)) if release.sampling == "poisson" else one
+            pure = common.DifferentialPrivacyParameters(release.pure, 0.0)
+            one = losses.from_privacy_parameters(pure, value_discretization_interval=interval)
+        return min(float(one.self_compose(count).get_epsilon_for_delta(delta)), rough)
 
 
 class Pure(Accountant):
-    name, source = "pure", "exact composition of pure epsilon"
+    """Pure epsilons add up."""
+
+    name = "pure"
+    source = "exact composition of pure epsilon"
 
     def limit(self, release: Release, delta: float) -> str | None:
-        return None if release.mechanism == "laplace" else "no"
+        return None if release.mechanism == "laplace" else "Gaussian noise has no pure epsilon"
 
     def epsilon(self, release: Release, count: int, delta: float) -> float:
-        return count * (_pure(release) + release.slack)
+        return count * release.pure
 
 
-class RDP(Accountant):
-    name, source = "rdp", "Renyi differential privacy"
+class Renyi(Accountant):
+    """Renyi differential privacy: by Opacus, and of draws of a fixed number by dp-accounting.
+
+    The latter (Wang, Balle, Kasiviswanathan, arXiv 1808.00087, theorem 27) is for one unit that is replaced by another,
+    which moves a sum by up to twice the bound: the noise counts half there.
+    """
+
+    name = "rdp"
+    source = "Renyi differential privacy, Opacus; of draws of a fixed number dp-accounting (arXiv 1808.00087)"
 
     def limit(self, release: Release, delta: float) -> str | None:
-        return None if release.mechanism == "gaussian" and delta > 0 else "no"
+        if release.mechanism != "gaussian":
+            return "it is of Gaussian noise"
+        return "delta = 0 has no bound by Renyi divergence" if delta == 0.0 else None
 
     def epsilon(self, release: Release, count: int, delta: float) -> float:
-        import dp_accounting as dp
+        if release.sampling == "fixed":
+            return _rough(release, count, delta)
+        _require("opacus", "opacus")
+        from opacus.accountants.analysis import rdp
 
-        fixed = release.sampling == "fixed"
-        relation = dp.NeighboringRelation.REPLACE_ONE if fixed else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-        accountant = dp.rdp.RdpAccountant(neighboring_relation=relation)
-        inner = dp.GaussianDpEvent(release.noise_multiplier / (2 if fixed else 1))
-        if fixed and release.rate < 1:
-            event = dp.SampledWithoutReplacementDpEvent(
-                release.units, max(1, round(release.rate * release.units)), inner
-            )
-        elif release.sampling == "poisson":
-            event = dp.PoissonSampledDpEvent(release.rate, inner)
-        else:
-            event = inner
-        return float(accountant.compose(event, count).get_epsilon(delta)) + count * release.slack
+        spent = rdp.compute_rdp(
+            q=release.chance, noise_multiplier=release.noise_multiplier, steps=count, orders=list(_ORDERS)
+        )
+        return float(rdp.get_privacy_spent(orders=list(_ORDERS), rdp=spent, delta=delta)[0])
 
 
-ACCOUNTANTS: dict[str, Accountant] = {"pld": PLD(), "rdp": RDP(), "pure": Pure()}
+class PRV(Accountant):
+    """Privacy random variables (Gopi, Lee, Wutschitz, arXiv 2106.02848), an upper bound within its error of 0.01."""
+
+    name = "prv"
+    source = "privacy random variables, Opacus (arXiv 2106.02848)"
+
+    def limit(self, release: Release, delta: float) -> str | None:
+        if release.mechanism != "gaussian" or release.sampling == "fixed":
+            return "it is of Gaussian noise, with Poisson sampling or none"
+        return "delta = 0 has no bound by privacy random variables" if delta == 0.0 else None
+
+    def epsilon(self, release: Release, count: int, delta: float) -> float:
+        _require("opacus", "opacus")
+        from opacus.accountants import PRVAccountant
+
+        accountant = PRVAccountant()
+        accountant.history = [(release.noise_multiplier, release.chance, count)]
+        with np.errstate(divide="ignore"):  # at rate 1
+            return float(accountant.get_epsilon(delta, eps_error=0.01, delta_error=delta / 1000.0))
+
+
+ACCOUNTANTS: dict[str, Accountant] = {one.name: one for one in (PrivacyLoss(), PRV(), Renyi(), Pure())}
 
 
 def authority(release: Release, delta: float) -> Accountant:
-    for name in ("pure", "rdp") if delta == 0 or release.sampling == "fixed" else ("pld",):
-        if ACCOUNTANTS[name].limit(release, delta) is None:
-            return ACCOUNTANTS[name]
-    raise ConfigError("no accountant")
+    """The accountant whose word counts."""
+    if release.mechanism == "laplace":
+        return ACCOUNTANTS["pure" if delta == 0.0 or release.sampling == "fixed" else "pld"]
+    return ACCOUNTANTS["rdp" if release.sampling == "fixed" else "pld"]
 
 
 @lru_cache(maxsize=4096)
 def epsilon(release: Release, count: int, delta: float, accountant: str = "") -> float:
+    """epsilon after so many releases.
+
+    Args:
+        delta: at which; 0 for Laplace noise alone.
+        accountant: in `ACCOUNTANTS`; "": the authority.
+
+    Raises:
+        ConfigError: a value is impossible, the accountant does not cover it, or its library is not installed.
+    """
+    _check(release, delta)
     if count == 0:
         return 0.0
-    return (ACCOUNTANTS[accountant] if accountant else authority(release, delta)).epsilon(release, count, delta)
+    chosen = ACCOUNTANTS[accountant] if accountant else authority(release, delta)
+    if reason := chosen.limit(release, delta):
+        raise ConfigError(f"the accountant {chosen.name} cannot tell epsilon: {reason}")
+    found = chosen.epsilon(release, count, delta) + count * release.slack
+    return math.inf if math.isnan(found) else max(found, 0.0)
 
 
-def calibrate(release: Release, count: int, epsilon_: float, delta: float) -> float:
-    rough = "rdp" if release.mechanism == "gaussian" else "pure"
-    low, high = 0.05, 0.1
-    while epsilon(replace(release, noise_multiplier=high), count, delta, rough) > epsilon_:
-        low, high = high, high * 2
-    while high / low > 1.01:
-        middle = math.sqrt(low * high)
-        if epsilon(replace(release, noise_multiplier=middle), count, delta, rough) > epsilon_:
-            low = middle
-        else:
-            high = middle
-    low = high * 0.8
-    while high / low > 1.001:
-        middle = math.sqrt(low * high)
-        if epsilon(replace(release, noise_multiplier=middle), count, delta) > epsilon_:
-            low = middle
-        else:
-            high = middle
-    return high
+def calibrate(release: Release, count: int, target: float, delta: float) -> float:
+    """The least noise multiplier, with which `count` releases stay within epsilon and delta.
+
+    Args:
+        release: whose own multiplier does not matter.
+        target: epsilon.
+
+    Raises:
+        ConfigError: as `epsilon`; or no noise is enough for the slack of its grid.
+    """
+    if not target > 0.0:
+        raise ConfigError(f"epsilon is {target:g}, wanted a number above 0")
+    if count * release.slack >= target:
+        raise ConfigError(
+            f"{count:,} releases take epsilon {count * release.slack:.3g} by the grid alone, wanted {target:g}"
+        )
+
+    def at(multiplier: float, rough: bool = False) -> float:
+        made = replace(release, noise_multiplier=multiplier)
+        if rough:
+            return _rough(made, count, delta) + count * release.slack
+        return epsilon(made, count, delta)
+
+    _check(replace(release, noise_multiplier=1.0), delta)
+    low = high = 1.0
+    while at(high, rough=True) > target:
+        low, high = high, 2.0 * high
+    while at(low, rough=True) <= target and low > 1e-6:
+        low, high = low / 2.0, low
+    high = _bisect(lambda z: at(z, rough=True) <= target, low, high, 1e-3)
+    low = high
+    while at(low) <= target and low > 1e-6:
+        low, high = 0.9 * low, low
+    return _rounded_up(_bisect(lambda z: at(z) <= target, low, high, _WIDTH))
 
 
-def affordable(release: Release, epsilon_: float, delta: float, most: int) -> int:
-    low, high = 0, most
-    if epsilon(release, most, delta) <= epsilon_:
+def affordable(release: Release, target: float, delta: float, most: int) -> int:
+    """The largest number of releases, up to `most`, that stays within epsilon and delta."""
+    if epsilon(release, most, delta) <= target:
         return most
+    low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2
-        if epsilon(release, middle, delta) <= epsilon_:
+        if epsilon(release, middle, delta) <= target:
             low = middle
         else:
             high = middle
@@ -151,4 +269,57 @@ def affordable(release: Release, epsilon_: float, delta: float, most: int) -> in
 
 
 def cross_check(release: Release, count: int, delta: float) -> dict[str, float]:
-    return {n: epsilon(release, count, delta, n) for n, a in ACCOUNTANTS.items() if a.limit(release, delta) is None}
+    """epsilon by every accountant that covers such releases."""
+    covering = [name for name, one in ACCOUNTANTS.items() if one.limit(release, delta) is None]
+    return {name: epsilon(release, count, delta, name) for name in covering}
+
+
+def _rough(release: Release, count: int, delta: float) -> float:
+    """An upper bound on epsilon without slack, quickly: Renyi with whole orders, or pure composition."""
+    if release.mechanism == "laplace":
+        return count * release.pure
+    _require("dp_accounting", "dp-accounting")
+    import dp_accounting as dp
+
+    fixed = release.sampling == "fixed"
+    relation = dp.NeighboringRelation.REPLACE_ONE if fixed else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    event: Any = dp.GaussianDpEvent(release.noise_multiplier / (2.0 if fixed else 1.0))
+    if fixed and release.rate < 1.0:
+        drawn = max(1, round(release.rate * release.units))
+        event = dp.SampledWithoutReplacementDpEvent(release.units, drawn, event)
+    elif release.chance < 1.0:
+        event = dp.PoissonSampledDpEvent(release.chance, event)
+    accountant = dp.rdp.RdpAccountant(_ORDERS, relation)
+    found = float(accountant.compose(event, count).get_epsilon(delta))
+    return math.inf if math.isnan(found) else found
+
+
+def _bisect(fits: Any, low: float, high: float, width: float) -> float:
+    """The smallest value that fits, from above, within a relative width; `high` fits and `low` does not."""
+    while high / low > 1.0 + width:
+        middle = math.sqrt(low * high)
+        if fits(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _rounded_up(value: float) -> float:
+    unit = 10.0 ** (math.floor(math.log10(value)) - _DIGITS + 1)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.{_DIGITS}g}")
+
+
+def _check(release: Release, delta: float) -> None:
+    least = 0.0 if release.mechanism == "laplace" else None
+    if not 0.0 < delta < 1.0 and delta != least:
+        raise ConfigError(f"delta is {delta:g}, wanted above 0 and below 1 (0 for Laplace noise alone)")
+    if not 0.0 < release.rate <= 1.0:
+        raise ConfigError(f"a sampling rate is {release.rate:g}, wanted above 0 and at most 1")
+    if not 0.0 < release.noise_multiplier < math.inf:
+        raise ConfigError(f"a noise multiplier is {release.noise_multiplier:g}, wanted a number above 0")
+
+
+def _require(module: str, package: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f'accounting needs {package}, which is not installed: pip install "fedzo[privacy]"')

@@ -88,7 +88,7 @@ class Worker:
         of the evaluation that is thrown in counts as scalars of 0, unless the server is trusted.
 
         Raises:
-            ProtocolError: the plan is another run's or another client's, or asks a private run for other than its terms.
+            ProtocolError: the plan is another run's or another client's, or does not keep a private run's terms.
         """
         spec, replica, sanitiser = self.replica.spec, self.replica, self.replica.spec.sanitiser
         if plan.run_id != spec.run_id or plan.client != self.client:

@@ -1,6 +1,7 @@
 """Accounting: how many releases with how much noise make which (epsilon, delta).
 
-The authority is dp-accounting: its privacy loss distributions, and for draws of a fixed number its Renyi accountant.
+The authority is dp-accounting: its privacy loss distributions, and for draws of a fixed number its Renyi accountant; of
+Laplace noise the exact composition of its pure epsilon.
 Opacus' accountants are cross-checks behind the same interface. Its Gaussian accountant (GDP) is not among them: a limit
 theorem, whose value is below the true one.
 """
@@ -19,8 +20,9 @@ from fedzo.errors import ConfigError
 Mechanism = Literal["gaussian", "laplace"]
 Sampling = Literal["none", "poisson", "fixed"]
 
-# Of the rough epsilon: how finely a privacy loss distribution is discretised. The finest that is worth while.
-_FINENESS, _FINEST = 2e-5, 1e-7
+# How finely the privacy loss of one of n releases is discretised: this share of the rough epsilon over the square root
+# of n, but no coarser than so. The error that adds up is then of order 1e-4 of epsilon.
+_FINENESS, _COARSEST = 3e-3, 5e-3
 # Beyond this epsilon nothing is promised, and the rough bound is exact enough.
 _ABSURD = 200.0
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -93,17 +95,15 @@ class Accountant(ABC):
 class PrivacyLoss(Accountant):
     """Privacy loss distributions, discretised so that epsilon is not below the truth.
 
-    Of Gaussian noise on a vector that of one coordinate with the whole shift, which it is by rotation. Of Laplace noise
-    that of the worst mechanism of the same pure epsilon, which randomised response is (Kairouz, Oh, Viswanath, arXiv
-    1311.0776): it does not matter how the shift is spread over the vector.
+    Gaussian noise on a vector counts as on one coordinate with the whole shift, which it is by rotation.
     """
 
     name = "pld"
     source = "privacy loss distributions, dp-accounting (Doroshenko et al., Connect the Dots, arXiv 2207.04380)"
 
     def limit(self, release: Release, delta: float) -> str | None:
-        if release.sampling == "fixed":
-            return "draws of a fixed number have no privacy loss distribution here"
+        if release.mechanism != "gaussian" or release.sampling == "fixed":
+            return "it is of Gaussian noise, with Poisson sampling or none"
         return "delta = 0 has no privacy loss distribution" if delta == 0.0 else None
 
     def epsilon(self, release: Release, count: int, delta: float) -> float:
@@ -111,32 +111,48 @@ class PrivacyLoss(Accountant):
         if not rough < _ABSURD:
             return rough
         _require("dp_accounting", "dp-accounting")
-        from dp_accounting.pld import common
         from dp_accounting.pld import privacy_loss_distribution as losses
 
-        interval = max(rough * _FINENESS, _FINEST)
-        if release.mechanism == "gaussian":
-            one = losses.from_gaussian_mechanism(
-                release.noise_multiplier, sampling_prob=release.chance, value_discretization_interval=interval,
-                use_connect_dots=True,
-            )  # fmt: skip
-        else:
-            pure = common.DifferentialPrivacyParameters(release.pure, 0.0)
-            one = losses.from_privacy_parameters(pure, value_discretization_interval=interval)
+        one = losses.from_gaussian_mechanism(
+            release.noise_multiplier, sampling_prob=release.chance, use_connect_dots=True,
+            value_discretization_interval=min(rough * _FINENESS / math.sqrt(count), _COARSEST),
+        )  # fmt: skip
         return min(float(one.self_compose(count).get_epsilon_for_delta(delta)), rough)
 
 
 class Pure(Accountant):
-    """Pure epsilons add up."""
+    """Pure epsilons: they add up, and at a delta above 0 compose as randomised response does, the worst of them.
+
+    It does not matter how the shift is spread over the vector: only the pure epsilon of a release counts.
+    """
 
     name = "pure"
-    source = "exact composition of pure epsilon"
+    source = "exact composition of pure epsilon (Kairouz, Oh, Viswanath, arXiv 1311.0776, theorem 3.3)"
 
     def limit(self, release: Release, delta: float) -> str | None:
         return None if release.mechanism == "laplace" else "Gaussian noise has no pure epsilon"
 
     def epsilon(self, release: Release, count: int, delta: float) -> float:
-        return count * release.pure
+        pure, whole = release.pure, count * release.pure
+        if delta == 0.0 or not pure < _ABSURD:
+            return whole
+        _require("scipy", "scipy")
+        from scipy.special import gammaln
+
+        # Of `count` answers each a lie with probability 1 / (1 + e^pure), by the number of lies.
+        lies = np.arange(count + 1, dtype=np.float64)
+        ways = gammaln(count + 1) - gammaln(lies + 1) - gammaln(count - lies + 1)
+        chance = np.exp(ways + (count - lies) * pure - count * np.logaddexp(0.0, pure))
+        loss = (count - 2.0 * lies) * pure
+        low, high = 0.0, whole
+        while high - low > 1e-9 * whole:
+            middle = (low + high) / 2.0
+            above = loss > middle
+            if float((chance[above] * -np.expm1(middle - loss[above])).sum()) > delta:
+                low = middle
+            else:
+                high = middle
+        return high
 
 
 class Renyi(Accountant):
@@ -193,7 +209,7 @@ ACCOUNTANTS: dict[str, Accountant] = {one.name: one for one in (PrivacyLoss(), P
 def authority(release: Release, delta: float) -> Accountant:
     """The accountant whose word counts."""
     if release.mechanism == "laplace":
-        return ACCOUNTANTS["pure" if delta == 0.0 or release.sampling == "fixed" else "pld"]
+        return ACCOUNTANTS["pure"]
     return ACCOUNTANTS["rdp" if release.sampling == "fixed" else "pld"]
 
 
@@ -251,7 +267,10 @@ def calibrate(release: Release, count: int, target: float, delta: float) -> floa
     low = high
     while at(low) <= target and low > 1e-6:
         low, high = 0.9 * low, low
-    return _rounded_up(_bisect(lambda z: at(z) <= target, low, high, _WIDTH))
+    found = _rounded_up(_bisect(lambda z: at(z) <= target, low, high, _WIDTH))
+    while at(found) > target:  # by the discretisation, which differs from noise to noise
+        found = _rounded_up(found * (1.0 + _WIDTH))
+    return found
 
 
 def affordable(release: Release, target: float, delta: float, most: int) -> int:

@@ -143,3 +143,29 @@ def report(
                 f"{one.client:>6}  {one.releases:>8,}  {one.rate:>8.4g}  {one.epsilon:>8.4f}  {by}", highlight=False
             )
     console.print(f"\n{text}", markup=False)
+
+
+@app.command()
+def clip(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, with public data as data.validation.")],
+    quantile: Annotated[float, typer.Option(help="Of the norms: what share is to be within the bound.")] = 0.5,
+    override: Annotated[
+        list[str], typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the configuration.")
+    ] = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Suggest privacy.clip, from public data only."""
+    from fedzo.cli import console, print_figures
+    from fedzo.clip import suggest
+    from fedzo.config import load_config
+    from fedzo.experiment import Experiment
+    from fedzo.run_folder import strict_json
+
+    found = suggest(Experiment(load_config(config, override).resolved()), quantile)
+    figures = {"clip": found.clip, "clipped": found.clipped, "units": found.units, "forwards": found.forwards}
+    if as_json:
+        print(strict_json({**figures, "quantiles": {f"{q:g}": norm for q, norm in found.quantiles.items()}}))
+        return
+    print_figures(figures, False)
+    for q, norm in found.quantiles.items():
+        console.print(f"{q:>8.0%}  {norm:.4g}", highlight=False)

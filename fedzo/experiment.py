@@ -164,6 +164,7 @@ class Experiment:
         )  # fmt: skip
         self._clients: dict[int, EncodedDataset] = {}
         self._weights = self.space.bound(self.loaded.model) if config.space.theta_dtype == "bfloat16" else None
+        self._terms: tuple[Config, Terms] | None = None
         self._moved = False
         self._mover: Callable[[], Replica | None] = lambda: None  # the replica that moves these weights
 
@@ -449,9 +450,10 @@ class Experiment:
         spec.build_rule(Layout.of(self.space))  # refuses what does not fit the space
         return spec
 
-    @cached_property
+    @property
     def terms(self) -> Terms | None:
-        """What a private run promises; None: it is not private. With the noise that its budget needs, and a new nonce.
+        """What a private run promises; None: it is not private. With the noise that its budget needs, and a nonce that
+        is new with each configuration.
 
         Raises:
             ConfigError: a library for privacy is missing, delta is above 1 over the examples of a client, or no noise
@@ -460,8 +462,10 @@ class Experiment:
         config = self.config
         if config.privacy.mode == "none":
             return None
-        scalars = ESTIMATORS[config.method.estimator].scalars
-        return make_terms(config, [len(part) for part in self._parts], scalars)
+        if self._terms is None or self._terms[0] is not config:
+            scalars = ESTIMATORS[config.method.estimator].scalars
+            self._terms = config, make_terms(config, [len(part) for part in self._parts], scalars)
+        return self._terms[1]
 
     def _account(self, number: int, spec: RunSpec, folder: Path | None) -> Account | None:
         """A client's own budget, kept below a folder of its machine; None: the server keeps the run's.

@@ -5,8 +5,9 @@
 For each model and mode (`example-local`: 10 clients, Poisson draws of examples; `client-central`: 400 clients, Poisson
 draws of clients) runs with epsilon = 1, 2, 6 (Gaussian, delta = 1e-5), pure epsilon = 4 (Laplace, delta = 0) and
 without privacy, with P = 1 (DPZero) and P = 16 (DP-AggZO) queries a step, clipped together. Nothing is tuned: 1,000
-training sentences are set aside as public, and give the clipping bound (`fedzo privacy clip`, their median norm; for Laplace in
-L1) and the learning rate ("auto", with the variance of the noise); both once for each model, mode and P, with seed 0.
+training sentences are set aside as public, and give the clipping bound (`fedzo privacy clip`, their median norm; for
+Laplace in L1) and the learning rate ("auto", with the variance of the noise); both once for each model, mode and P,
+with seed 0.
 minilm-l6 trains its head on frozen features, reviews-6m all but its token embeddings; with reviews-6m runs of P = 16
 have a quarter of the rounds and of the examples, so that all runs take as many forward passes.
 
@@ -133,7 +134,7 @@ class Start:
 
 
 def set_public_apart(folder: Path, tests: int | None) -> None:
-    """SST-2 with the first `PUBLIC` training sentences in a file of their own, and the first `tests` (None: all) of dev."""
+    """SST-2 with the first `PUBLIC` training sentences in a file apart, and the first `tests` of dev (None: all)."""
     lines = (SHARED / "data/sst2/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "public.jsonl").write_text("".join(lines[:PUBLIC]), encoding="utf-8")
     (folder / "train.jsonl").write_text("".join(lines[PUBLIC:]), encoding="utf-8")

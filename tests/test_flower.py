@@ -1,5 +1,6 @@
 """Flower: the unmodified apps over an in-process Grid, and the launcher with the real simulation."""
 
+import copy
 import itertools
 import os
 import subprocess
@@ -24,9 +25,11 @@ from clients import app as client_side  # noqa: E402
 from fedzo import engine, flower  # noqa: E402
 from fedzo.config import Config, flatten, from_flat  # noqa: E402
 from fedzo.errors import LedgerError, RunError  # noqa: E402
-from fedzo.experiment import Experiment  # noqa: E402
+from fedzo.experiment import Experiment, open_experiment  # noqa: E402
 from fedzo.federation.coordinator import RoundSummary  # noqa: E402
 from fedzo.federation.ledger import Ledger  # noqa: E402
+from fedzo.privacy_report import spent  # noqa: E402
+from fedzo.report import verify  # noqa: E402
 from fedzo.run_folder import RunFolder  # noqa: E402
 from server import app as server_side  # noqa: E402
 
@@ -79,7 +82,8 @@ class InProcessGrid(Grid):
         name, context = str(next(self.ids)), self.contexts[message.metadata.dst_node_id]
         message.metadata.__dict__["_message_id"] = name
         try:
-            reply = self.forge(int(context.node_config["partition-id"]), client_side.app(message, context))
+            delivered = copy.deepcopy(message)  # a wire has no objects that two nodes share
+            reply = self.forge(int(context.node_config["partition-id"]), client_side.app(delivered, context))
         except Exception as error:  # Flower, too, puts the text into an error reply
             self.errors.append(Error(code=0, reason=str(error)))
             reply = Message(self.errors[-1], reply_to=message)
@@ -347,6 +351,92 @@ def test_a_client_whose_file_holds_another_mask_is_refused(
     assert "SpaceError; its own log says more" in capsys.readouterr().out
 
 
+def private(mode: str, **changes: Any) -> Config:
+    keys = {"privacy__mode": mode, "privacy__noise_multiplier": 3.0, "privacy__epsilon": 100.0, "privacy__delta": 1e-3}
+    return tiny(**keys, **changes)
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the clients keep their budgets."""
+    pytest.importorskip("opendp")
+    pytest.importorskip("dp_accounting")
+    monkeypatch.setenv("FEDZO_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.mark.parametrize("mode", ["example-local", "client-central", "client-local", "client-secagg"])
+def test_private_runs(mode: str, tmp_path: Path, state: Path) -> None:
+    """Rounds are played and replay; each client but those of a trusted server counts its own releases in a file."""
+    config = private(mode, privacy__clipping="adaptive")
+    grid = serve(config, tmp_path / "run")
+    assert not grid.errors
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        assert ledger.rounds == 3 and verify(ledger, open_experiment(config, ledger)) == 3
+        each = spent(ledger, state)
+        releases = 6 if mode == "example-local" else 3
+        assert [one.releases for one in each] == [releases] * (1 if mode == "client-central" else 3)
+        assert all(one.own for one in each) == (mode != "client-central")
+        assert all(summary["loss"] is None for summary in ledger.summaries())
+
+
+def test_a_secure_sum_is_made_of_what_clients_hold(
+    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The records are the sum of the clients' vectors, and no message has any of these; nor does a client give its own
+    twice, once the round's sum has taken it."""
+    held: list[Any] = []
+
+    def keep(context: Context, round_: int, vector: Any) -> None:
+        held.append(vector)
+        hold(context, round_, vector)
+
+    hold = client_side.secure.hold
+    monkeypatch.setattr(client_side.secure, "hold", keep)
+    sent: list[bytes] = []
+
+    def listen(number: int, reply: Message) -> Message:
+        for record in reply.content.config_records.values():
+            parts = [part for value in record.values() for part in (value if isinstance(value, list) else [value])]
+            sent.extend(part for part in parts if isinstance(part, bytes))
+        return reply
+
+    serve(private("client-secagg", federation__rounds=2), tmp_path / "run", forge=listen)
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        terms = ledger.spec.terms
+        assert terms is not None
+        for entry, own in zip(ledger.read(), (held[:3], held[3:]), strict=True):
+            assert entry.clients == (0, 1, 2)
+            wanted = sum(own)[: entry.scalars.size].reshape(entry.scalars.shape) * terms.clip / terms.levels / 3
+            assert entry.scalars == pytest.approx(wanted, rel=1e-6)
+    assert len(held) == 6 and len(sent) > 20
+    for vector in held:
+        for form in (vector.astype("<i8"), vector.astype("<f8"), vector.astype("<f4")):
+            assert not any(form.tobytes() in part for part in sent)
+
+
+@pytest.mark.parametrize(
+    ("node", "wanted"),
+    [
+        ({"max-epsilon": 50.0}, "max-epsilon is 50.0, the run's epsilon is 100"),
+        ({"privacy-modes": "client-local, client-secagg"}, "the run's is example-local"),
+        ({"max-epsilon": 100, "privacy-modes": "example-local"}, ""),
+    ],
+)
+def test_a_node_s_owner_may_ask_for_privacy(
+    node: dict[str, Any], wanted: str, tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = InProcessGrid(private("example-local"), tmp_path / "run", (0, 1, 2), honest)
+    grid.contexts[1000].node_config.update(node)
+    server_side.app(grid, grid.context(1, {}))
+    said = capsys.readouterr().out
+    assert ("2 of 3 clients registered" in said) == bool(wanted) and wanted in said
+    open_run = InProcessGrid(tiny(), tmp_path / "open", (0, 1, 2), honest)
+    open_run.contexts[1000].node_config.update(node)
+    server_side.app(open_run, open_run.context(1, {}))
+    assert "takes part in private runs only" in capsys.readouterr().out
+
+
 def test_run_config_lists_every_key() -> None:
     app = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
     assert app["config"] == tomllib.loads(flower.run_config_toml())["tool"]["flwr"]["app"]["config"]
@@ -401,6 +491,19 @@ def test_simulation(
     assert capfd.readouterr().err == ""
     assert (tmp_path / "failed" / "flower.log").is_file()
     assert running(str(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_private_simulation(tmp_path: Path, state: Path) -> None:
+    """SecAgg+ and the clients' own budgets with Ray's processes, among which clients move; budgets are in the run's
+    folder."""
+    for mode in ("client-secagg", "example-local"):
+        flower.run_flower(private(mode), tmp_path / mode, quiet=True)
+        with Ledger(tmp_path / mode / "ledger.sqlite") as ledger:
+            assert verify(ledger, open_experiment(private(mode), ledger)) == 3
+            each = spent(ledger, tmp_path / mode / "budgets")
+            assert [(one.own, one.releases) for one in each] == [(True, 3 if mode == "client-secagg" else 6)] * 3
+    assert not state.exists()
 
 
 @pytest.mark.slow

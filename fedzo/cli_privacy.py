@@ -161,11 +161,18 @@ def clip(
     from fedzo.experiment import Experiment
     from fedzo.run_folder import strict_json
 
-    found = suggest(Experiment(load_config(config, override).resolved()), quantile)
-    figures = {"clip": found.clip, "clipped": found.clipped, "units": found.units, "forwards": found.forwards}
+    chosen = load_config(config, override).resolved()
+    found = suggest(Experiment(chosen), quantile)
+    figures = {
+        "clip": found.clip, "clipped": found.clipped, "units": found.units, "examples": found.examples,
+        "forwards": found.forwards,
+    }  # fmt: skip
     if as_json:
         print(strict_json({**figures, "quantiles": {f"{q:g}": norm for q, norm in found.quantiles.items()}}))
         return
     print_figures(figures, False)
+    console.print("\nquantile  norm")
     for q, norm in found.quantiles.items():
         console.print(f"{q:>8.0%}  {norm:.4g}", highlight=False)
+    if chosen.privacy.mode != "example-local" and chosen.federation.local_steps > 1:
+        console.print(f"All {chosen.federation.local_steps} local steps are taken at the base model.", highlight=False)

@@ -171,7 +171,7 @@ class Coordinator:
         left = sum(map(self._affords, range(self.spec.clients)))
         if left >= (self._survivors if self._terms.mode == "client-secagg" else self.spec.quorum):
             return ""
-        whose = f"{left} of {self.spec.clients} clients have" if self._terms.mode != "client-central" else "the run has"
+        whose = f"{left} of {self.spec.clients} clients have" if self._terms.mode != "client-central" else "the run has no"
         return f"{whose} privacy budget left for another round"
 
     def _affords(self, client: int) -> bool:
@@ -507,7 +507,7 @@ class Coordinator:
         return LedgerRound(current.round, seeds, scalars, tuple(clients), NO_DIGEST, self._gradients(contributions))
 
     def _summed(self, current: _Open, sanitiser: Sanitiser) -> LedgerRound:
-        """A round of which only a noised sum is released; without records, when nobody answered who was asked."""
+        """A round of which only a noised sum is released; without records, when a secure sum was not revealed."""
         clients: tuple[int, ...] = ()
         if sanitiser.terms.mode == "client-secagg":
             released = None
@@ -519,8 +519,7 @@ class Coordinator:
         else:
             answers = [current.contributions[client] for client in sorted(current.contributions)]
             parts = [(answer.scalars, answer.counts) for answer in answers if answer.counts is not None]
-            void = bool(current.seeds) and not parts
-            released = None if void else sanitiser.total(parts, self._clip)
+            released = sanitiser.total(parts, self._clip)  # of nobody too: that nobody answered is nobody's to know
         if released is None:
             return LedgerRound(current.round, *self._nothing(), clients, NO_DIGEST)
         scalars, counts = released

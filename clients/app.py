@@ -78,18 +78,22 @@ def _enter(context: Context, spec: str) -> tuple[int, Experiment, Replica]:
 
 
 def _check_owner(context: Context, terms: Terms | None) -> None:
-    """What the node's owner asks of a run: --node-config "max-epsilon=2.0 privacy-modes='example-local,client-local'".
+    """What the node's owner asks of a run: --node-config "max-epsilon=2.0 max-delta=1e-5
+    privacy-modes='example-local,client-local'".
 
     Raises:
         ProtocolError: the run does not promise it.
     """
     most, modes = context.node_config.get("max-epsilon"), context.node_config.get("privacy-modes")
-    if most is None and modes is None:
+    delta = context.node_config.get("max-delta")
+    if most is None and modes is None and delta is None:
         return
     if terms is None:
         raise ProtocolError("refused: this node takes part in private runs only, and the run is not one")
     if most is not None and not (isinstance(most, int | float) and terms.epsilon <= most):
         raise ProtocolError(f"refused: this node's max-epsilon is {most}, the run's epsilon is {terms.epsilon:g}")
+    if delta is not None and not (isinstance(delta, int | float) and terms.delta <= delta):
+        raise ProtocolError(f"refused: this node's max-delta is {delta}, the run's delta is {terms.delta:g}")
     if modes is not None and terms.mode not in [mode.strip() for mode in str(modes).split(",")]:
         raise ProtocolError(f"refused: this node's privacy-modes are {modes}, the run's is {terms.mode}")
 

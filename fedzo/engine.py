@@ -190,7 +190,7 @@ def run_rounds(
             raise diverged(ledger, str(error)) from None
         for observer in observers:
             observer.round(summary)
-        watch.round(vars(summary))
+        watch.round(summary.kept(ledger.spec.terms is not None and ledger.spec.terms.secret))
         if every and ledger.rounds % every == 0:
             evaluate("validation")
         look()

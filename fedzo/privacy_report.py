@@ -161,7 +161,7 @@ def paragraph(ledger: Ledger, each: Sequence[Spent]) -> str:
         + (" of any client" if worst.client is not None else ""),
         f"Before each, the contribution of every {unit} was clipped to an {norm} {bound} {terms.clip:g}, and "
         f"{law} noise of "
-        f"{terms.noise_multiplier:g} times that bound was added from the operating system's entropy",
+        f"{terms.noise.noise_multiplier:g} times that bound was added from the operating system's entropy",
         f"The chance of any {unit} to take part in a release is {worst.rate:.3g}",
         "The seeds of all random directions are public and not relied on",
         f"Assumed: {'; '.join(assumptions(terms))}",

@@ -66,7 +66,8 @@ def run_spec(size: int, rows: int, queries: int, privacy: dict[str, Any]) -> Run
     return RunSpec(
         protocol=PROTOCOL, fingerprint="f" * 64, parameters=size, space="full", space_hash="5" * 64, size=size,
         theta_dtype="float32", theta0="0" * 64, initial="", mask="", family="rademacher", estimator="two-point",
-        eps=1e-3, queries=queries, batch_size=rows, optimizer="sgd", learning_rate=1e-6, schedule="constant", warmup_steps=0,
+        eps=1e-3, queries=queries, batch_size=rows, optimizer="sgd", learning_rate=1e-6, schedule="constant",
+        warmup_steps=0,
         rounds=1, local_steps=1, seed=0, seeds="shared", pool_size=2, clients=1, clients_per_round=0, client_rate=0.0,
         aggregation="uniform", trim=0.1, quorum=1, scalar_bound=1e9, digest_every=1, experiment="e" * 64,
         privacy=privacy,

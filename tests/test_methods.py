@@ -161,6 +161,7 @@ def test_configuration_files_leave_the_parts_open(path: Path) -> None:
             f"space.kind={kind}",
             "method.queries=2",
             "model.client_quantisation=",
+            "privacy.mode=none",
             *OF_A_QUANTISED_BASE.get(kind, []),
         ]
         written = load_config(path, [f"method.name={name}", *(f"{key}=*" for key in method.open), *space])

@@ -431,7 +431,7 @@ class Past:
     """A ledger's record of losses: rounds, and evaluations by rounds."""
 
     def __init__(self, losses: list[float], evaluations: dict[int, float], **summary: Any) -> None:
-        common = {"sampled": 2, "accepted": 2, "dropped": {}, "max_scalar": 1.0} | summary
+        common = {"sampled": 2, "accepted": 2, "scalars": 2, "dropped": {}, "max_scalar": 1.0} | summary
         self.rounds = [{**common, "loss": loss} for loss in losses]
         self.losses = {rounds: {"loss": loss} for rounds, loss in evaluations.items()}
 

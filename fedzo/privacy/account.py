@@ -1,5 +1,6 @@
 """Budgets: what may still be released, and the file in which a client keeps its own."""
 
+import fcntl
 import json
 import os
 from dataclasses import dataclass, field
@@ -51,17 +52,20 @@ class Account:
 
     def __init__(self, path: Path, run_id: bytes, budget: Budget) -> None:
         self.path, self.budget, self._run = path, budget, run_id.hex()
-        self.releases = 0
+        self.releases = self._read()
+
+    def _read(self) -> int:
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
             if kept["run"] != self._run:
-                raise RunError(f"{path} is the budget of another run: give this one another folder")
-            self.releases = int(kept["releases"])
+                raise RunError(f"{self.path} is the budget of another run: give this one another folder")
+            return int(kept["releases"])
         except FileNotFoundError:
-            pass
+            return 0
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise RunError(
-                f"the privacy budget {path} cannot be read ({type(error).__name__}): restore it from a copy; without "
+                f"the privacy budget {self.path} cannot be read ({type(error).__name__}): restore it from a "
+                f"copy; without "
                 "it nothing may be released"
             ) from None
 
@@ -71,14 +75,16 @@ class Account:
         Raises:
             RunError: the file cannot be written.
         """
-        total = self.releases + releases
-        if not self.budget.affords(total):
-            return False
         release = self.budget.release
-        kept = {"run": self._run, "releases": total, "rate": release.rate, "units": release.units}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _write_durably(self.path, json.dumps(kept) + "\n")
+            with self.path.with_name(f".{self.path.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two processes may be this client at once
+                total = self._read() + releases
+                if not self.budget.affords(total):
+                    return False
+                kept = {"run": self._run, "releases": total, "rate": release.rate, "units": release.units}
+                _write_durably(self.path, json.dumps(kept) + "\n")
         except OSError as error:
             raise RunError(f"cannot write the privacy budget {self.path}: {error.strerror}") from error
         self.releases = total

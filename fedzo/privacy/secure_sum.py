@@ -83,8 +83,7 @@ def levels(noise_share: float, clients: int) -> int:
             return found
         found //= 2
     raise ConfigError(
-        f"a client's share of the noise is {noise_share:g} times its bound, too large for secure aggregation, "
-        f"which has "
-        f"room for {(LIMIT / _LEAST_LEVELS - 1.0) / _TAIL:.0f} times: raise privacy.epsilon or the number of clients, "
-        "or lower federation.rounds"
+        f"a client's share of the noise is {noise_share:g} times its bound, too large for secure aggregation, which "
+        f"has room for {(LIMIT / _LEAST_LEVELS - 1.0) / _TAIL:.0f} times: raise privacy.epsilon or the number of "
+        "clients, or lower federation.rounds"
     )

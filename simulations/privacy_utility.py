@@ -291,8 +291,8 @@ def plot(rows: Sequence[Result], mode: str, path: Path) -> None:
             found = {r["budget"]: r for r in own if (r["model"], r["queries"]) == (model, queries)}
             at = [names.index(name) + (0.05 if queries > 1 else -0.05) for name in names if name in found]
             mean = [found[name]["accuracy"] for name in names if name in found]
-            low = [found[name]["accuracy"] - found[name]["lowest"] for name in names if name in found]
-            high = [found[name]["highest"] - found[name]["accuracy"] for name in names if name in found]
+            low = [max(0.0, found[name]["accuracy"] - found[name]["lowest"]) for name in names if name in found]
+            high = [max(0.0, found[name]["highest"] - found[name]["accuracy"]) for name in names if name in found]
             axes.errorbar(at, mean, [low, high], fmt=f"{marker}-", capsize=3, markersize=4, label=f"P = {queries}")
         before = statistics.fmean(r["accuracy_before"] for r in own if r["model"] == model)
         axes.axhline(before, color="C7", linestyle="--", linewidth=0.8, label="base model")

@@ -171,8 +171,9 @@ class Coordinator:
         left = sum(map(self._affords, range(self.spec.clients)))
         if left >= (self._survivors if self._terms.mode == "client-secagg" else self.spec.quorum):
             return ""
-        whose = f"{left} of {self.spec.clients} clients have" if self._terms.mode != "client-central" else "the run has no"
-        return f"{whose} privacy budget left for another round"
+        if self._terms.secret:
+            return "the run has no privacy budget left for another round"
+        return f"{left} of {self.spec.clients} clients have privacy budget left for another round"
 
     def _affords(self, client: int) -> bool:
         """Whether a client's budget allows another round, for all that the server knows."""

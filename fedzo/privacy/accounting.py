@@ -7,6 +7,7 @@ theorem, whose value is below the true one.
 """
 
 import importlib.util
+import logging
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -452,6 +453,10 @@ def _check(release: Release, delta: float) -> None:
 def _check_target(target: float) -> None:
     if not target > 0.0:
         raise ConfigError(f"epsilon is {target:g}, wanted a number above 0")
+
+
+# dp-accounting says through absl that it leaves out orders of Renyi's divergence, which only loosens a bound.
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def _require(module: str, package: str) -> None:

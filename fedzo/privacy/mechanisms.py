@@ -82,14 +82,15 @@ class Mechanism(ABC):
         """
         finite = np.isfinite(values).all(axis=0)
         kept = np.where(finite, values, 0.0)
-        with np.errstate(over="ignore"):
-            norms = np.linalg.norm(kept, ord=self.order, axis=0) if len(kept) else np.zeros(kept.shape[1])
         largest = np.abs(kept).max(axis=0, initial=0.0)
-        # Of huge entries the norm overflows: only their ratios matter.
+        # Relative to its largest entry, so that no square overflows or underflows, and no quotient is 0 times infinity,
+        # whatever bound a server asks for.
         unit = kept / np.where(largest > 0.0, largest, 1.0)
         size = np.linalg.norm(unit, ord=self.order, axis=0) if len(kept) else np.zeros(kept.shape[1])
-        within = finite & (norms <= bound)
-        scaled = np.where(within, kept * (self.levels / bound), unit * (self.levels / np.where(size > 0.0, size, 1.0)))
+        with np.errstate(over="ignore"):
+            ratio = largest / bound
+            within = finite & (ratio * size <= 1.0)
+        scaled = unit * (np.minimum(ratio, 1.0 / np.where(size > 0.0, size, 1.0)) * self.levels)
         steps = np.trunc(scaled).astype(np.int64)
         while (over := self._exceeds(steps)).any():  # by the rounding of the scaling
             scaled = np.where(over, scaled * (1.0 - 2.0**-40), scaled)

@@ -21,6 +21,9 @@ from fedzo.federation.messages import Plan, decode
 from fedzo.federation.replica import Replica, theta_digest
 from fedzo.federation.spec import PROTOCOL, RunSpec
 from fedzo.federation.worker import Worker
+from fedzo.privacy.account import Account, Budget
+from fedzo.privacy.mechanisms import LEVELS
+from fedzo.privacy.terms import Terms
 from fedzo.spaces import Segment
 from fedzo.structures import Layout
 
@@ -50,6 +53,22 @@ def make_spec(**changes: Any) -> RunSpec:
     return RunSpec(**{**values, **changes})
 
 
+def make_terms(mode: str, **changes: Any) -> Terms:
+    """Terms with a budget that outlasts any test."""
+    values: dict[str, Any] = {
+        "mode": mode, "mechanism": "gaussian", "epsilon": 1e4, "delta": 1e-3, "noise_multiplier": 1.0, "clip": 2.0,
+        "clipping": "fixed", "quantile": 0.5, "clip_rate": 0.2, "clip_share": 0.05,
+        "sampling": "poisson" if mode == "example-local" else "none", "rate": 1.0, "releases": 6, "tolerance": 0,
+        "asked": 4 if mode == "client-secagg" else 0, "levels": LEVELS, "nonce": "0" * 16,
+    }  # fmt: skip
+    return Terms(**{**values, **changes})
+
+
+def private_spec(terms: Terms, **changes: Any) -> RunSpec:
+    """As `make_spec`, under these terms."""
+    return make_spec(**{"privacy": terms.to_header(), **changes})
+
+
 def initial_values(size: int = SIZE) -> bytes:
     """The last four entries of theta0, as an artifact."""
     return pack_values(theta0(size), [(size - 4, 4)])
@@ -63,11 +82,11 @@ def other_theta0(size: int = SIZE) -> Tensor:
 
 
 class Rows:
-    """A client's examples: x [n, size] and y [n], with different n for different clients."""
+    """A client's examples: x [n, size] and y [n], with different n for different clients unless it is given."""
 
-    def __init__(self, client: int, size: int = SIZE) -> None:
+    def __init__(self, client: int, size: int = SIZE, count: int | None = None) -> None:
         rng = np.random.default_rng(100 + client)
-        self.x = torch.from_numpy(rng.normal(size=(8 + client, size)).astype(np.float32))
+        self.x = torch.from_numpy(rng.normal(size=(8 + client if count is None else count, size)).astype(np.float32))
         self.y = self.x.sum(1) / 2.0
 
     def __len__(self) -> int:
@@ -115,14 +134,19 @@ def mean_loss(theta: Tensor, clients: int = 4) -> float:
 
 
 def answer(worker: Worker, plan: bytes, evaluate: Callable[[Any], Tensor] = respond) -> bytes:
-    """What a worker answers to a plan."""
+    """What a worker answers to a plan; what `evaluate` raises is thrown into it, as the engine does."""
     message = decode(plan)
     assert isinstance(message, Plan)
     steps = worker.round(message)
     try:
         request = next(steps)
         while True:
-            request = steps.send(evaluate(request))
+            try:
+                found = evaluate(request)
+            except Exception as error:
+                request = steps.throw(error)
+            else:
+                request = steps.send(found)
     except StopIteration as stop:
         return bytes(stop.value.to_bytes())
 
@@ -139,13 +163,26 @@ def make_replica(spec: RunSpec, load: Load | None = None) -> Replica:
     return Replica(spec, load or (lambda: theta0(spec.size)), layout(spec.size))
 
 
-def make_worker(spec: RunSpec, client: int, load: Load | None = None) -> Worker:
-    """A worker with a replica of its own; `load` makes its theta0."""
-    made = load or (lambda: theta0(spec.size))
+def make_account(spec: RunSpec, client: int, folder: Path, examples: int) -> Account | None:
+    """A client's own budget, which a private run has unless the server keeps it."""
+    terms, sanitiser = spec.terms, spec.sanitiser
+    if terms is None or sanitiser is None or terms.secret:
+        return None
+    rate = min(1.0, spec.batch_size / max(1, examples)) if terms.of_examples else None
+    release = terms.release(sanitiser.coordinates, rate, units=examples)
+    return Account(folder / f"{client}.json", spec.run_id, Budget(terms, release))
+
+
+def make_worker(
+    spec: RunSpec, client: int, load: Load | None = None, budgets: Path | None = None, rows: Rows | None = None
+) -> Worker:
+    """A worker with a replica of its own; `load` makes its theta0. One of a private run needs a folder for budgets."""
+    made, data = load or (lambda: theta0(spec.size)), rows or Rows(client, spec.size)
     digest = theta_digest(made()).hex()
     return Worker(
-        client, make_replica(spec, made), Rows(client, spec.size), fingerprint=spec.fingerprint, mask=spec.mask,
+        client, make_replica(spec, made), data, fingerprint=spec.fingerprint, mask=spec.mask,
         space_hash=spec.space_hash, theta0=digest,
+        account=None if budgets is None else make_account(spec, client, budgets, len(data)),
     )  # fmt: skip
 
 
@@ -156,6 +193,8 @@ class Federation:
     coordinator: Coordinator
     workers: dict[int, Worker]
     plans: dict[tuple[int, int], list[Plan]] = field(default_factory=dict)
+    rows: Callable[[int], Rows] | None = None  # a client's examples, where not its own
+    evaluate: Callable[[Any], Tensor] = respond
 
     @property
     def ledger(self) -> Ledger:
@@ -163,7 +202,8 @@ class Federation:
 
     def join(self, client: int, load: Load | None = None) -> Worker:
         """Admits a client, or one that starts anew."""
-        worker = make_worker(self.coordinator.spec, client, load)
+        rows = None if self.rows is None else self.rows(client)
+        worker = make_worker(self.coordinator.spec, client, load, self.ledger.path.parent / "budgets", rows)
         self.coordinator.admit(worker.hello())
         self.workers[client] = worker
         return worker
@@ -175,11 +215,15 @@ class Federation:
             replies: list[Plan] = []
             for plan in pending:
                 self.plans.setdefault((plan.round, plan.client), []).append(plan)
-                data = answer(self.workers[plan.client], plan.to_bytes())
+                data = answer(self.workers[plan.client], plan.to_bytes(), self.evaluate)
                 for message in [data] if tamper is None else tamper(plan.round, plan.client, data):
                     again = self.coordinator.receive(plan.client, message)
                     replies += [again] if again is not None else []
             pending = replies
+        holders = self.coordinator.holders
+        if holders and len(holders) >= self.coordinator.threshold:
+            held = [self.workers[client].held for client in holders]
+            self.coordinator.receive_total((holders, np.sum([one for one in held if one is not None], axis=0)))
         return self.coordinator.close_round()
 
     def finish(self, tamper: Tamper | None = None) -> bytes:
@@ -189,13 +233,15 @@ class Federation:
         return self.ledger.head
 
 
-def start(path: Path, spec: RunSpec, clients: Iterable[int] | None = None) -> Federation:
+def start(
+    path: Path, spec: RunSpec, clients: Iterable[int] | None = None, rows: Callable[[int], Rows] | None = None
+) -> Federation:
     """A new run in an empty folder, or the one whose ledger is there, with workers that stand at theta0."""
     path.mkdir(parents=True, exist_ok=True)
     file = path / "ledger.sqlite"
     artifacts = {spec.initial: initial_values(spec.size)} if spec.initial else None
     ledger = Ledger(file, write=True) if file.exists() else Ledger.create(file, spec, artifacts)
-    federation = Federation(Coordinator(ledger, make_replica(spec)), {})
+    federation = Federation(Coordinator(ledger, make_replica(spec)), {}, rows=rows)
     for client in range(spec.clients) if clients is None else clients:
         federation.join(client)
     return federation

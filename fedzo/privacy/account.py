@@ -59,7 +59,10 @@ class Account:
             kept = json.loads(self.path.read_text(encoding="utf-8"))
             if kept["run"] != self._run:
                 raise RunError(f"{self.path} is the budget of another run: give this one another folder")
-            return int(kept["releases"])
+            releases = kept["releases"]
+            if not isinstance(releases, int) or isinstance(releases, bool) or releases < 0:
+                raise ValueError
+            return releases
         except FileNotFoundError:
             return 0
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -21,6 +21,8 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 LEVELS = 2**20
+# Of noise in grid steps: far more would not fit into 64 bits, where OpenDP saturates and sums wrap around.
+MOST_SCALE = 2.0**52
 # Standard deviations beyond which the grid's slack leaves the noise out: a chance of less than 1e-100.
 _TAIL = 22.0
 
@@ -72,8 +74,10 @@ class Mechanism(ABC):
             ConfigError: OpenDP is not installed.
         """
         require_opendp()
-        chosen = self.noise_multiplier if multiplier is None else multiplier
-        return np.array(self._draw(count, chosen * self.levels), dtype=np.int64)
+        scale = (self.noise_multiplier if multiplier is None else multiplier) * self.levels
+        if not 0.0 < scale < MOST_SCALE:
+            raise ConfigError(f"noise of {scale:.3g} grid steps, wanted above 0 and below {MOST_SCALE:.3g}")
+        return np.array(self._draw(count, scale), dtype=np.int64)
 
     def clip(self, values: Floats, bound: float) -> tuple[Ints, npt.NDArray[np.bool_]]:
         """Vectors float64 [d, n], clipped each to the bound -> grid steps int64 [d, n], and whether each was within.

@@ -1,5 +1,6 @@
 """What a run promises of everything that leaves its clients: the terms, which are part of the ledger's header."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from fedzo.errors import LedgerError
 from fedzo.limits import Value
 from fedzo.privacy.accounting import Release, Sampling
-from fedzo.privacy.mechanisms import MECHANISMS, Mechanism
+from fedzo.privacy.mechanisms import LEVELS, MECHANISMS, MOST_SCALE, Mechanism
 
 # Modes in which a client noises what it sends by itself, and each client has a budget of its own.
 LOCAL_MODES = ("example-local", "client-local")
@@ -69,13 +70,36 @@ class Terms:
         """
         try:
             terms = Terms(**values)
-            known = terms.mode in LOCAL_MODES + SUM_MODES and terms.mechanism in MECHANISMS
-            right = known and min(terms.noise_multiplier, terms.clip, terms.epsilon, terms.levels) > 0
-        except TypeError:
+            right = terms._possible()
+        except (TypeError, ValueError, OverflowError):
             right = False
         if not right:
             raise LedgerError("the header's privacy terms are not those of this version of fedzo")
         return terms
+
+    def _possible(self) -> bool:
+        """Whether a client can hold a server to them: a header may come from one that nobody trusts."""
+        sampled = self.mode in ("example-local", "client-central")  # by a draw that the budget may count on
+        numbers = self.noise_multiplier, self.clip, self.epsilon, self.clip_rate
+        return (
+            self.mode in LOCAL_MODES + SUM_MODES
+            and self.mechanism in MECHANISMS
+            and self.clipping in ("fixed", "adaptive")
+            and all(0.0 < value < math.inf for value in numbers)
+            and 0.0 <= self.delta < 1.0
+            and (self.delta > 0.0 or self.mechanism == "laplace")
+            and 0.0 < self.quantile < 1.0
+            and 0.0 < self.clip_share < 1.0
+            and self.sampling in (("none", "poisson", "fixed") if sampled else ("none",))
+            and 0.0 < self.rate <= 1.0
+            and (self.sampling != "none" or self.rate == 1.0)
+            and all(isinstance(value, int) for value in (self.levels, self.releases, self.tolerance, self.asked))
+            and 1 <= self.levels <= LEVELS
+            and self.releases >= 1
+            and self.tolerance >= 0
+            and (self.mode != "client-secagg" or self.tolerance <= self.asked - 2)
+            and max(self.noise.noise_multiplier, self.count_noise.noise_multiplier) * self.levels < MOST_SCALE
+        )
 
     @property
     def local(self) -> bool:

@@ -177,7 +177,7 @@ def make_worker(
     spec: RunSpec, client: int, load: Load | None = None, budgets: Path | None = None, rows: Rows | None = None
 ) -> Worker:
     """A worker with a replica of its own; `load` makes its theta0. One of a private run needs a folder for budgets."""
-    made, data = load or (lambda: theta0(spec.size)), rows or Rows(client, spec.size)
+    made, data = load or (lambda: theta0(spec.size)), Rows(client, spec.size) if rows is None else rows
     digest = theta_digest(made()).hex()
     return Worker(
         client, make_replica(spec, made), data, fingerprint=spec.fingerprint, mask=spec.mask,

@@ -52,7 +52,7 @@ def spent(ledger: Ledger, budgets: Path) -> list[Spent]:
         if client is not None:
             kept = _kept(budgets / ledger.spec.run_id.hex() / f"{client}.json")
             if kept is not None:
-                releases, rate, units, own = int(kept["releases"]), float(kept["rate"]), int(kept["units"]), True
+                releases, rate, units, own = kept["releases"], kept["rate"], kept["units"], True
         release = terms.release(sanitiser.coordinates, rate, units)
         found.append(Spent(client, releases, rate, epsilon(release, releases, terms.delta), own))
     return found
@@ -60,10 +60,11 @@ def spent(ledger: Ledger, budgets: Path) -> list[Spent]:
 
 def _kept(path: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {"releases": int(kept["releases"]), "rate": float(kept["rate"]), "units": int(kept["units"])}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"the privacy budget {path} cannot be read ({type(error).__name__}): restore it") from None
 
 

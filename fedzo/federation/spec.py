@@ -136,6 +136,19 @@ class RunSpec:
         return Sanitiser(self.terms, self.local_steps, self.scalars * self.queries, self.batch_size, self.clients)
 
     @property
+    def uncovered(self) -> str:
+        """The part of the method that a private run's mode does not cover, by its key and name; "": it covers all."""
+        if self.terms is None:
+            return ""
+        named: tuple[tuple[type[Estimator] | type[Structure] | type[Rule], str], ...] = (
+            (lookup(ESTIMATORS, self.estimator, "estimator"), f"estimator {self.estimator}"),
+            (lookup(STRUCTURES, self.structure, "structure"), f"structure {self.structure}"),
+            (lookup(OPTIMIZERS, self.optimizer, "optimizer"), f"optimizer {self.optimizer}"),
+            *([(Hybrid, "first_order")] if self.settings.get("first_order") else []),
+        )
+        return next((name for part, name in named if self.terms.mode not in part.private), "")
+
+    @property
     def hash(self) -> bytes:
         return hashlib.sha256(self.to_json().encode()).digest()
 

@@ -46,6 +46,9 @@ class Worker:
             and space, for the handshake.
         account: the client's own budget, which a private run needs where the client adds noise, or a share of it.
 
+    Raises:
+        ProtocolError: the run is private in a way that its method is not covered by, or lacks a budget.
+
     Attributes:
         held: of a run with a secure sum, the vector int64 of the last plan's contribution, which nobody may see alone.
     """
@@ -71,6 +74,8 @@ class Worker:
         self.account = account
         self.held: Ints | None = None
         terms = replica.spec.terms
+        if uncovered := replica.spec.uncovered:
+            raise ProtocolError(f"client {client} refused: {uncovered} is not covered by the run's privacy mode")
         if terms is not None and not terms.secret and account is None:
             raise ProtocolError(f'client {client}: privacy.mode = "{terms.mode}" needs a budget of the client\'s own')
         self._hello = Hello(

@@ -234,7 +234,7 @@ class PrivacySection(Section):
     delta: float = Field(default=1e-5, ge=0, lt=1, description="chance that it does not hold; 0: never, for laplace")
     mechanism: Literal["gaussian", "laplace"] = Field(default="gaussian", description="discrete noise on the scalars")
     noise_multiplier: float = Field(
-        default=0.0, ge=0, description="noise over the clipping bound; 0: the least that lasts for all rounds"
+        default=0.0, ge=0, le=1e6, description="noise over the clipping bound; 0: the least that lasts for all rounds"
     )
     clip: float = Field(
         default=1.0, gt=0, description="bound on the norm of the scalars of an example (a step's) or client (a round's)"
@@ -447,11 +447,11 @@ class Config(Section):
             )
         if asked < 3:
             raise ValueError(f"a secure sum needs at least 3 clients a round, found {asked}")
-        if privacy.tolerance > asked - 2:
+        if privacy.tolerance > asked - 3:
             raise ValueError(
                 f"privacy.tolerance is {privacy.tolerance} of {asked} clients a round: wanted at most "
-                f"{asked - 2}, so that a "
-                "sum is of two at least"
+                f"{asked - 3}, as a "
+                "secure sum needs 3 clients"
             )
         if federation.quorum > asked - privacy.tolerance:
             raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedzo import spaces
 from fedzo.config import Config, Quantisation
-from fedzo.errors import ConfigError, DataError, SpaceError
+from fedzo.errors import ConfigError, DataError, LedgerError, SpaceError
 from fedzo.estimators import ESTIMATORS
 from fedzo.evaluation import Batch, Evaluator, losses_from_scores
 from fedzo.evaluation.generation import generate
@@ -125,16 +125,41 @@ def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[Loa
     return loaded, built
 
 
+def _check_terms(config: Config, ledger: Ledger, terms: Terms) -> None:
+    """Names the key that a private run's configuration was changed in, before the change does something to another."""
+    privacy, spec = config.privacy, ledger.spec
+    pairs = [(f"privacy.{name}", value, getattr(terms, name)) for name, value in privacy if hasattr(terms, name)]
+    pairs = [pair for pair in pairs if pair[0] != "privacy.noise_multiplier" or pair[1]]
+    if not terms.of_examples:  # how clients are drawn is in other keys, too
+        pairs = [pair for pair in pairs if pair[0] != "privacy.sampling"]
+    elif privacy.sampling_rate:
+        pairs.append(("privacy.sampling_rate", privacy.sampling_rate, terms.rate))
+    pairs += [
+        ("method.batch_size", config.method.batch_size, spec.batch_size),
+        ("method.queries", config.method.queries, spec.queries),
+        ("federation.rounds", config.federation.rounds, spec.rounds),
+        ("federation.local_steps", config.federation.local_steps, spec.local_steps),
+    ]
+    for key, given, own in pairs:
+        if given != own:
+            raise LedgerError(
+                f"{ledger.path} was begun with other privacy terms: its {key} is {own!r}, config.toml gives "
+                f"{given!r}. Set "
+                "it back to go on, or start a run in another folder, whose budget is apart from this one's"
+            )
+
+
 def open_experiment(config: Config, ledger: Ledger) -> "Experiment":
     """The experiment of a ledger: mask, learning rate and noise are those that it keeps, and never made again.
 
     Raises:
-        LedgerError: the mask in the ledger is damaged.
+        LedgerError: the mask in the ledger is damaged, or the configuration has other privacy terms.
     """
     if config.method.learning_rate == "auto":
         config = config.with_learning_rate(ledger.spec.learning_rate)
-    if ledger.spec.terms is not None and config.privacy.noise_multiplier == 0.0:
-        config = config.with_noise(ledger.spec.terms.noise_multiplier)
+    if ledger.spec.terms is not None:
+        _check_terms(config, ledger, ledger.spec.terms)
+        config = config.with_noise(config.privacy.noise_multiplier or ledger.spec.terms.noise_multiplier)
     if not ledger.spec.mask:
         return Experiment(config)
     return Experiment(config, Mask.from_bytes(ledger.artifact(ledger.spec.mask), f"the mask in {ledger.path}"))

@@ -68,12 +68,12 @@ def _enter(context: Context, spec: str) -> tuple[int, Experiment, Replica]:
         ProtocolError: the node has no number, or one that the run does not have, or its owner wants more privacy.
         FedzoError: from whatever part of the experiment cannot be made here.
     """
-    number, clients = context.node_config.get("partition-id"), RunSpec.from_json(spec).clients
+    number, run = context.node_config.get("partition-id"), RunSpec.from_json(spec)
     if not isinstance(number, int):
         raise ProtocolError("a node has no client number; give it one with --node-config 'partition-id=0'")
-    if not 0 <= number < clients:
-        raise ProtocolError(f"client {number} refused: the run has the clients 0 to {clients - 1}")
-    _check_owner(context, RunSpec.from_json(spec).terms)
+    if not 0 <= number < run.clients:
+        raise ProtocolError(f"client {number} refused: the run has the clients 0 to {run.clients - 1}")
+    _check_owner(context, run.terms)
     return number, *_resident(context.run_id, tuple(sorted(context.run_config.items())), spec).of(number)
 
 
@@ -151,7 +151,7 @@ def _least(context: Context) -> int:
     terms = RunSpec.from_json(str(context.state.config_records[RECORD]["spec"])).terms
     if terms is None or terms.mode != "client-secagg":
         raise ProtocolError("the run has no secure sums")
-    return terms.asked - terms.tolerance
+    return terms.survivors
 
 
 @app.train(mods=[secure.mod(_least)])

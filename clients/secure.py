@@ -8,7 +8,7 @@ tells for the same client both what removes its own mask and what removes those 
 import importlib
 import logging
 from collections.abc import Callable
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message
@@ -19,7 +19,8 @@ from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFI
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 
 from fedzo.errors import FedzoError, ProtocolError, RunError
-from fedzo.privacy.secure_sum import LEAST_CLIENTS, LIMIT, MODULUS, MOST_CLIENTS, RANGE, Ints, expand
+from fedzo.privacy.mechanisms import Ints
+from fedzo.privacy.secure_sum import LEAST_CLIENTS, LIMIT, MODULUS, MOST_CLIENTS, RANGE, install
 
 RECORD = "fedzo.secure-sum"  # of the client's state: the vector that waits for its sum
 _MOD = "flwr.client.mod.secure_aggregation.secaggplus_mod"
@@ -136,21 +137,8 @@ def _check_unmask(asked: ConfigRecord, context: Context) -> None:
         raise ProtocolError("the secure sum's lists of clients name one twice, or this client not as one of the sum")
 
 
-def _installed() -> ModuleType:
-    """Flower's module, with `expand` in the place of its mask generator.
-
-    Flower's own folds the secret to the 32-bit seed of a Mersenne Twister, which can be searched.
-
-    Raises:
-        RunError: the place is not where it was in Flower 1.41.
-    """
+def _installed() -> Any:
+    """Flower's module of the mod, with masks that cannot be searched for."""
     module = importlib.import_module(_MOD)  # the package has a function of the same name
-    place, user = getattr(module, "pseudo_rand_gen", None), getattr(module, "_collect_masked_vectors", None)
-    used = "pseudo_rand_gen" in getattr(getattr(user, "__code__", None), "co_names", ())
-    if not used or place not in (secaggplus_utils.pseudo_rand_gen, expand):
-        raise RunError(
-            f"{_MOD} of this version of Flower makes its masks in another place than that of 1.41, and they could be "
-            "searched for: install flwr 1.41, or set another privacy.mode"
-        )
-    module.pseudo_rand_gen = expand  # type: ignore[attr-defined]
+    install(module, "_collect_masked_vectors", secaggplus_utils.pseudo_rand_gen)
     return module

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from typer.core import TyperGroup
@@ -19,12 +19,10 @@ from fedzo import __version__
 from fedzo.cli_privacy import app as privacy
 from fedzo.errors import ConfigError, FedzoError, RunError
 from fedzo.runtime import keep_memory
+from fedzo.terminal import Json, Override, Quiet, console, errors, human_bytes, print_figures
 
 INTERRUPTED = 130
 _MASK_ROWS = 16
-
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
-console = Console(soft_wrap=True, highlight=False)
 
 
 class _Commands(TyperGroup):
@@ -84,11 +82,6 @@ class Kind(StrEnum):
 
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON, and nothing else.")]
-Override = Annotated[
-    list[str], typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the configuration.")
-]
 Round = Annotated[str, typer.Option("--round", help='After which round: "last", "best" (on validation) or a number.')]
 
 
@@ -111,7 +104,7 @@ class _Progress(Progress):
     def round(self, summary: Any) -> None:
         self._sent += summary.bytes_up
         dropped = f"  dropped {sum(summary.dropped.values())}" if summary.dropped else ""
-        sent = f"{_size(self._sent / self._clients)} sent by a client"
+        sent = f"{human_bytes(self._sent / self._clients)} sent by a client"
         self._round = f"{summary.told}  {summary.scalars} scalars  {sent}{dropped}"
         self.update(self._task, completed=summary.round + 1)
 
@@ -123,14 +116,6 @@ class _Progress(Progress):
         self.console.print(f"[dim]after {rounds} rounds: {split} {shown}, loss {metrics['loss']:.4f}[/dim]")
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
 @contextmanager
 def _loading(quiet: bool, text: str) -> Iterator[None]:
     if quiet:
@@ -138,42 +123,6 @@ def _loading(quiet: bool, text: str) -> Iterator[None]:
     else:
         with errors.status(text):
             yield
-
-
-_NAMES = {
-    "weights_up_per_client": "had it sent the weights",
-    "model_up_per_client": "had it sent the whole model",
-}
-
-
-def print_figures(figures: dict[str, Any], as_json: bool) -> None:
-    """Figures by name, a line each, or as one line of JSON."""
-    if as_json:
-        from fedzo.run_folder import strict_json
-
-        print(strict_json(figures))
-        return
-    names = {name: _NAMES.get(name, name.replace("_", " ")) for name in figures}
-    width = max(map(len, names.values()))
-    for name, value in figures.items():  # a line each, however long: hashes are there to be copied
-        console.print(f"{names[name]:{width}}  {_shown(name, value)}", markup=False)
-
-
-def _shown(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
-    if name == "learning_rate":
-        return f"{value:.3g}"
-    if isinstance(value, float):
-        share = any(part in name for part in ("accuracy", "f1", "exact_match"))
-        return f"{value:.2%}" if share else f"{value:.4f}"
-    if isinstance(value, int):
-        if name.endswith("_per_client"):
-            return f"{value} bytes" if value < 1000 else f"{value:,} bytes ({_size(value)})"
-        return f"{value:,}"
-    return str(value)
 
 
 def _go(folder: Any, config: Any, quiet: bool, as_json: bool, new: bool = False) -> None:
@@ -271,11 +220,11 @@ def _finish(folder: Any, ledger: Any, as_json: bool) -> None:
 
 
 def _privacy(folder: Any, ledger: Any) -> dict[str, Any]:
-    from fedzo.privacy_report import privacy_figures
+    from fedzo.privacy_report import privacy_figures, spent
     from fedzo.run_folder import BUDGETS
 
     ended = {"ended": ledger.ended} if ledger.ended else {}
-    return privacy_figures(ledger, folder.path / BUDGETS) | ended
+    return privacy_figures(ledger, spent(ledger, folder.path / BUDGETS)) | ended
 
 
 @app.command()
@@ -338,7 +287,7 @@ def tune(
 ) -> None:
     """Look for the learning rate, and other numbers, on validation data; the same command goes on after Ctrl-C."""
     from fedzo.config import flatten, from_flat, load_config, to_toml
-    from fedzo.run_folder import write_atomically
+    from fedzo.files import write_atomically
     from fedzo.tune import parse_range, search
 
     base = load_config(config, override)

@@ -1,34 +1,19 @@
 """The commands of `fedzo privacy`."""
 
-from enum import StrEnum
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from fedzo.errors import ConfigError
+from fedzo.limits import PrivacyMode
+from fedzo.privacy.accounting import Law, Release, Sampling
+from fedzo.terminal import Json, Override, console, print_figures
+
+Draw = Literal["poisson", "fixed"]
 
 app = typer.Typer(no_args_is_help=True, help="Plan, report and check what a private run promises.")
-
-
-class Mode(StrEnum):
-    EXAMPLE_LOCAL = "example-local"
-    CLIENT_CENTRAL = "client-central"
-    CLIENT_LOCAL = "client-local"
-    CLIENT_SECAGG = "client-secagg"
-
-
-class Noise(StrEnum):
-    GAUSSIAN = "gaussian"
-    LAPLACE = "laplace"
-
-
-class Sampling(StrEnum):
-    POISSON = "poisson"
-    FIXED = "fixed"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON, and nothing else.")]
 
 
 @app.command()
@@ -39,70 +24,54 @@ def plan(
     sampling_rate: Annotated[
         float, typer.Option(help="Chance of an example (client-central: a client) to take part in a step (round).")
     ] = 1.0,
-    mode: Annotated[Mode, typer.Option(help="Who is protected, and where noise is added.")] = Mode.EXAMPLE_LOCAL,
+    mode: Annotated[PrivacyMode, typer.Option(help="Who is protected, and where noise is added.")] = "example-local",
     units: Annotated[int, typer.Option(min=0, help="Examples of a client, or clients; 0: not said.")] = 0,
     local_steps: Annotated[int, typer.Option(min=1, help="K, steps of a client in a round.")] = 1,
-    queries: Annotated[int, typer.Option(min=1, help="P, scalars of a step, clipped together.")] = 1,
     clip: Annotated[float, typer.Option(help="Bound on their norm.")] = 1.0,
-    mechanism: Annotated[Noise, typer.Option(help="Discrete noise.")] = Noise.GAUSSIAN,
-    sampling: Annotated[Sampling, typer.Option(help="Each by chance, or a fixed number.")] = Sampling.POISSON,
+    mechanism: Annotated[Law, typer.Option(help="Discrete noise.")] = "gaussian",
+    sampling: Annotated[Draw, typer.Option(help="Each by chance, or a fixed number.")] = "poisson",
     as_json: Json = False,
 ) -> None:
     """The noise that a budget asks for, and the error that it makes, before there is a run."""
-    from fedzo.cli import print_figures
-    from fedzo.privacy.accounting import Release, authority, calibrate, cross_check
+    from fedzo.privacy.accounting import authority, calibrate, cross_check
+    from fedzo.privacy.mechanisms import MECHANISMS
 
-    _check(epsilon, delta, sampling_rate, clip, units, mode, mechanism, sampling)
-    amplified = mode in (Mode.EXAMPLE_LOCAL, Mode.CLIENT_CENTRAL) and sampling_rate < 1.0
-    drawn = sampling.value if amplified else "none"
-    releases = rounds * (local_steps if mode is Mode.EXAMPLE_LOCAL else 1)
-    rate, of = (sampling_rate, units if drawn == "fixed" else 0) if amplified else (1.0, 0)
-    release = Release(mechanism.value, 1.0, drawn, rate, of)  # type: ignore[arg-type]
+    for option, value in (("--epsilon", epsilon), ("--clip", clip)):
+        if not value > 0.0:
+            raise ConfigError(f"{option} is {value:g}, wanted a number above 0")
+    if not 0.0 < sampling_rate <= 1.0:
+        raise ConfigError(f"--sampling-rate is {sampling_rate:g}, wanted above 0 and at most 1")
+    if not 0.0 < delta < 1.0 and (delta or mechanism == "gaussian"):
+        raise ConfigError(f"--delta is {delta:g}, wanted above 0 and below 1 (0 with --mechanism laplace)")
+    if units and delta > 1.0 / units:
+        raise ConfigError(
+            f"--delta is {delta:g}, above 1 / {units} (--units): it would allow one of them to be published whole; "
+            f"wanted well below {1.0 / units:g}"
+        )
+    if sampling_rate != 1.0 and mode in ("client-local", "client-secagg"):
+        raise ConfigError(
+            f"--sampling-rate is {sampling_rate:g}, but with --mode {mode} the server knows who takes part: no "
+            "amplification is to be had; leave it out, and give as --rounds those that a client takes part in"
+        )
+    drawn: Sampling = "none" if sampling_rate == 1.0 else sampling
+    releases = rounds * (local_steps if mode == "example-local" else 1)
+    release = Release(mechanism, 1.0, drawn, sampling_rate, units if drawn == "fixed" else 0)
     noise = calibrate(release, releases, epsilon, delta)
-    planned = Release(mechanism.value, noise, drawn, rate, of)  # type: ignore[arg-type]
-    expected = rate * units if mode in (Mode.EXAMPLE_LOCAL, Mode.CLIENT_CENTRAL) else float(units)
+    planned = replace(release, noise_multiplier=noise)
     figures: dict[str, Any] = {
         "noise_multiplier": noise,
         "releases": releases,
         "sampling": drawn,
         "neighbours": planned.relation,
-        "noise_of_a_sum": noise * clip * (1.0 if mechanism is Noise.GAUSSIAN else 2.0**0.5),
+        "noise_of_a_sum": MECHANISMS[mechanism](noise).deviation * clip,
     }
-    if expected:
-        per = 1.0 if mode is Mode.CLIENT_LOCAL else expected
+    if units:
+        expected = 1.0 if mode == "client-local" else sampling_rate * units
         figures["expected_units"] = expected
-        figures["scalar_error"] = figures["noise_of_a_sum"] / per
+        figures["scalar_error"] = figures["noise_of_a_sum"] / expected
     figures |= {f"epsilon_{name}": found for name, found in cross_check(planned, releases, delta).items()}
     figures["accountant"] = authority(planned, delta).source
     print_figures(figures, as_json)
-
-
-def _check(
-    epsilon: float, delta: float, rate: float, clip: float, units: int, mode: Mode, mechanism: Noise, sampling: Sampling
-) -> None:
-    least = 0.0 if mechanism is Noise.LAPLACE else None
-    if not epsilon > 0.0:
-        raise ConfigError(f"--epsilon is {epsilon:g}, wanted a number above 0")
-    if not 0.0 < delta < 1.0 and delta != least:
-        raise ConfigError(f"--delta is {delta:g}, wanted above 0 and below 1 (0 with --mechanism laplace)")
-    if units and delta > 1.0 / units:
-        raise ConfigError(
-            f"--delta is {delta:g}, above 1 / {units} (--units): it would allow one of them to be published "
-            f"whole; wanted "
-            f"well below {1.0 / units:g}"
-        )
-    if not 0.0 < rate <= 1.0:
-        raise ConfigError(f"--sampling-rate is {rate:g}, wanted above 0 and at most 1")
-    if not clip > 0.0:
-        raise ConfigError(f"--clip is {clip:g}, wanted a number above 0")
-    if rate < 1.0 and mode in (Mode.CLIENT_LOCAL, Mode.CLIENT_SECAGG):
-        raise ConfigError(
-            f"--sampling-rate is {rate:g}, but with --mode {mode} the server knows who takes part: no "
-            f"amplification is to be "
-            "had; leave it out, and give as --rounds those that a client takes part in"
-        )
-    if sampling is Sampling.FIXED and rate < 1.0 and not units:
-        raise ConfigError("--sampling fixed needs --units, the number of those that are drawn from")
 
 
 @app.command()
@@ -114,24 +83,19 @@ def report(
     as_json: Json = False,
 ) -> None:
     """What a run has spent, of each client or of the run, and a paragraph that says what it means."""
-    from dataclasses import asdict
-
-    from fedzo.cli import console, print_figures
     from fedzo.federation.ledger import Ledger
     from fedzo.privacy_report import checks, paragraph, privacy_figures, spent
-    from fedzo.run_folder import BUDGETS, RunFolder
+    from fedzo.run_folder import BUDGETS, RunFolder, strict_json
 
     folder = RunFolder.open(run)
     with Ledger(folder.ledger) as ledger:
-        where = budgets or folder.path / BUDGETS
-        each, figures = spent(ledger, where), privacy_figures(ledger, where)
+        each = spent(ledger, budgets or folder.path / BUDGETS)
+        figures = privacy_figures(ledger, each)
         figures |= {f"epsilon_{name}": found for name, found in checks(ledger, each).items()}
         if ledger.ended:
             figures["ended"] = ledger.ended
         text = paragraph(ledger, each)
     if as_json:
-        from fedzo.run_folder import strict_json
-
         print(strict_json({**figures, "clients": [asdict(one) for one in each], "statement": text}))
         return
     print_figures(figures, False)
@@ -139,9 +103,8 @@ def report(
         console.print("\nclient  releases      rate   epsilon  counted by")
         for one in each:
             by = "the client" if one.own else "the server"
-            console.print(
-                f"{one.client:>6}  {one.releases:>8,}  {one.rate:>8.4g}  {one.epsilon:>8.4f}  {by}", highlight=False
-            )
+            row = f"{one.client:>6}  {one.releases:>8,}  {one.release.rate:>8.4g}  {one.epsilon:>8.4f}  {by}"
+            console.print(row, highlight=False)
     console.print(f"\n{text}", markup=False)
 
 
@@ -149,13 +112,10 @@ def report(
 def clip(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, with public data as data.validation.")],
     quantile: Annotated[float, typer.Option(help="Of the norms: what share is to be within the bound.")] = 0.5,
-    override: Annotated[
-        list[str], typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the configuration.")
-    ] = [],  # noqa: B006
+    override: Override = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Suggest privacy.clip, from public data only."""
-    from fedzo.cli import console, print_figures
     from fedzo.clip import suggest
     from fedzo.config import load_config
     from fedzo.experiment import Experiment

@@ -1,14 +1,12 @@
 """A clipping bound from public data: the norms that a run's first scalars would have on it."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from fedzo.errors import ConfigError, RunError
-from fedzo.estimators import ESTIMATORS, Estimate, Query
-from fedzo.evaluation import Request
+from fedzo.estimators import ESTIMATORS, Query
 from fedzo.experiment import Experiment
 from fedzo.federation.randomness import derive, shuffled, words64
 from fedzo.privacy.mechanisms import MECHANISMS, Floats
@@ -109,9 +107,8 @@ def _norms(experiment: Experiment) -> tuple[Floats, int, int]:
         batch = experiment.validation.batch(chosen[start : start + size])
         directions, anchor = rule.directions(step, theta, state), rule.anchor(step, state)
         query = Query(theta, batch, tuple(seeds[step]), method.eps, step, directions, anchor)
-        found = _answered(experiment, estimator.estimate(query))
-        values = np.concatenate([found.projected, *([] if found.second is None else [found.second])])
-        parts.append(values if of_examples else values.mean(axis=1, keepdims=True))
+        found = experiment.evaluator.run(estimator.estimate(query))
+        parts.append(found.scalars if of_examples else found.scalars.mean(axis=1, keepdims=True))
         forwards += round(estimator.forwards(method.queries))
     whole = np.concatenate(parts, axis=1)  # [C P, examples or steps of clients]
     if mode == "client-local":
@@ -119,13 +116,3 @@ def _norms(experiment: Experiment) -> tuple[Floats, int, int]:
     elif not of_examples:  # a client's steps below each other
         whole = whole.T.reshape(-1, steps * len(whole)).T
     return np.linalg.norm(whole, ord=order, axis=0), count, forwards
-
-
-def _answered(experiment: Experiment, asking: Generator[Request, Tensor, Estimate]) -> Estimate:
-    try:
-        request = next(asking)
-        while True:
-            request = asking.send(experiment.evaluator.answer(request))
-    except StopIteration as stop:
-        found: Estimate = stop.value
-        return found

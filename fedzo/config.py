@@ -17,9 +17,10 @@ from fedzo.errors import ConfigError
 from fedzo.estimators import ESTIMATORS, Estimator
 from fedzo.federation.aggregation import AGGREGATORS, NEEDS_SHARED_SEEDS
 from fedzo.federation.spec import POOLS, SeedSchedule
-from fedzo.limits import Value
+from fedzo.limits import PrivacyMode, Value
 from fedzo.methods import difference, with_method
 from fedzo.optimizers import OPTIMIZERS, SCHEDULES, Hybrid, Rule
+from fedzo.privacy.accounting import Law
 from fedzo.privacy.terms import SUM_MODES
 from fedzo.registry import lookup, nearest
 from fedzo.spaces import METHODS
@@ -227,12 +228,12 @@ class FederationSection(Section):
 class PrivacySection(Section):
     """Who is protected from whom, and how well. docs/privacy.md."""
 
-    mode: Literal["none", "example-local", "client-central", "client-local", "client-secagg"] = Field(
+    mode: Literal["none"] | PrivacyMode = Field(
         default="none", description="what is protected, and where noise is added"
     )
     epsilon: float = Field(default=2.0, gt=0, description="budget of an example or client, which the run never exceeds")
     delta: float = Field(default=1e-5, ge=0, lt=1, description="chance that it does not hold; 0: never, for laplace")
-    mechanism: Literal["gaussian", "laplace"] = Field(default="gaussian", description="discrete noise on the scalars")
+    mechanism: Law = Field(default="gaussian", description="discrete noise on the scalars")
     noise_multiplier: float = Field(
         default=0.0, ge=0, le=1e6, description="noise over the clipping bound; 0: the least that lasts for all rounds"
     )
@@ -370,9 +371,8 @@ class Config(Section):
             raise ValueError(f"{asks} clips by privacy.clip: set method.clip = 0, found {method.clip:g}")
         if privacy.delta == 0.0 and privacy.mechanism == "gaussian":
             raise ValueError(
-                'privacy.delta = 0 needs privacy.mechanism = "laplace"; for "gaussian" give one above 0, well '
-                "below 1 over "
-                "the number of those protected"
+                'privacy.delta = 0 needs privacy.mechanism = "laplace"; for "gaussian" give one above 0, well below 1 '
+                "over the number of those protected"
             )
         if self.space.kind == "sparse" and self.space.mask in ("sensitive", "forward") and not self.space.calibration:
             raise ValueError(
@@ -402,9 +402,8 @@ class Config(Section):
             )
         if mode != "example-local" and privacy.delta > 1.0 / self.data.clients:
             raise ValueError(
-                f"privacy.delta is {privacy.delta:g}, above 1 / {self.data.clients} clients: it would allow one "
-                f"of them to "
-                f"be published whole; set it well below {1.0 / self.data.clients:g}"
+                f"privacy.delta is {privacy.delta:g}, above 1 / {self.data.clients} clients: it would allow one of "
+                f"them to be published whole; set it well below {1.0 / self.data.clients:g}"
             )
 
     def _central(self) -> None:
@@ -412,22 +411,19 @@ class Config(Section):
         if privacy.sampling == "poisson" and federation.clients_per_round:
             raise ValueError(
                 f"federation.clients_per_round = {federation.clients_per_round} draws a fixed number of clients, and "
-                'privacy.sampling = "poisson" counts on a draw of each by chance: set federation.client_rate '
-                "instead, or "
-                'privacy.sampling = "fixed"'
+                'privacy.sampling = "poisson" counts on a draw of each by chance: set federation.client_rate instead, '
+                'or privacy.sampling = "fixed"'
             )
         if privacy.sampling == "fixed" and federation.client_rate:
             raise ValueError(
                 f"federation.client_rate = {federation.client_rate:g} draws each client by chance, and "
-                f"privacy.sampling = "
-                '"fixed" counts on a fixed number: set federation.clients_per_round instead, or privacy.sampling '
-                '= "poisson"'
+                'privacy.sampling = "fixed" counts on a fixed number: set federation.clients_per_round instead, or '
+                'privacy.sampling = "poisson"'
             )
         if federation.quorum != 1:
             raise ValueError(
-                f"federation.quorum is {federation.quorum}, but whether a round has enough clients would tell of "
-                f"their draw, "
-                'on which privacy.mode = "client-central" rests: set it to 1'
+                f"federation.quorum is {federation.quorum}, but whether a round has enough clients would tell of their "
+                'draw, on which privacy.mode = "client-central" rests: set it to 1'
             )
 
     def _secure_sum(self) -> None:
@@ -436,28 +432,24 @@ class Config(Section):
         if federation.client_rate:
             raise ValueError(
                 'privacy.mode = "client-secagg" shares its noise among a known number of clients: set '
-                "federation.client_rate "
-                "= 0, and federation.clients_per_round if not all are to be asked"
+                "federation.client_rate = 0, and federation.clients_per_round if not all are to be asked"
             )
         if privacy.mechanism != "gaussian":
             raise ValueError(
                 'privacy.mode = "client-secagg" needs privacy.mechanism = "gaussian", whose shares add up to the '
-                "noise of the "
-                f'whole; found "{privacy.mechanism}"'
+                f'noise of the whole; found "{privacy.mechanism}"'
             )
         if asked < 3:
             raise ValueError(f"a secure sum needs at least 3 clients a round, found {asked}")
         if privacy.tolerance > asked - 3:
             raise ValueError(
-                f"privacy.tolerance is {privacy.tolerance} of {asked} clients a round: wanted at most "
-                f"{asked - 3}, as a "
-                "secure sum needs 3 clients"
+                f"privacy.tolerance is {privacy.tolerance} of {asked} clients a round: wanted at most {asked - 3}, as "
+                "a secure sum needs 3 clients"
             )
         if federation.quorum > asked - privacy.tolerance:
             raise ValueError(
-                f"federation.quorum is {federation.quorum}, more than the {asked - privacy.tolerance} clients "
-                f"that remain "
-                "when privacy.tolerance drop out"
+                f"federation.quorum is {federation.quorum}, more than the {asked - privacy.tolerance} clients that "
+                "remain when privacy.tolerance drop out"
             )
 
     def _sum_over_a_pool(self) -> None:

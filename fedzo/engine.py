@@ -11,7 +11,7 @@ from fedzo.config import Config
 from fedzo.divergence import Watch, diverged
 from fedzo.errors import DivergedError, LedgerError, RunError
 from fedzo.evaluation import Evaluator
-from fedzo.experiment import Experiment
+from fedzo.experiment import Experiment, check_terms
 from fedzo.federation.coordinator import Coordinator, RoundSummary
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.messages import Plan, decode
@@ -57,19 +57,7 @@ def answer(worker: Worker, evaluator: Evaluator, plan: bytes) -> bytes:
     message = decode(plan)
     if not isinstance(message, Plan):
         raise RunError("a worker was sent something else than a plan")
-    steps = worker.round(message)
-    try:
-        request = next(steps)
-        while True:
-            try:
-                losses = evaluator.answer(request)
-            except Exception as error:
-                request = steps.throw(error)  # for the worker to decide on
-            else:
-                request = steps.send(losses)
-    except StopIteration as stop:
-        reply: bytes = stop.value.to_bytes()
-        return reply
+    return evaluator.run(worker.round(message)).to_bytes()
 
 
 class Bases:
@@ -224,29 +212,16 @@ def check_same(ledger: Ledger, experiment: Experiment) -> None:
     Raises:
         LedgerError: a field of the header differs; the message names it.
     """
+    check_terms(experiment.config, ledger)
     wanted, found = vars(experiment.spec()), vars(ledger.spec)
     # theta0 may differ in what the ledger itself holds; the replay checks it.
-    skip = {"theta0", "initial"} if ledger.spec.initial else set()
-    _check_terms(ledger, experiment)
+    skip = {"privacy"} | ({"theta0", "initial"} if ledger.spec.initial else set())
     for name, value in wanted.items():
-        if name not in skip | {"privacy"} and found[name] != value:
+        if name not in skip and found[name] != value:
             what = _MEANING.get(name, name)
             raise LedgerError(
-                f"{ledger.path} belongs to another run: its {what} is {found[name]!r}, "
-                f"model and config.toml give {value!r}"
-            )
-
-
-def _check_terms(ledger: Ledger, experiment: Experiment) -> None:
-    """Privacy is promised once for the whole run: what was released under other terms cannot be taken back."""
-    found, wanted = ledger.spec.privacy, {} if experiment.terms is None else experiment.terms.to_header()
-    for name in (wanted | dict(found)) if bool(wanted) == bool(found) else ["mode"]:
-        mine, theirs = wanted.get(name, "none"), found.get(name, "none")
-        if name != "nonce" and mine != theirs:
-            raise LedgerError(
-                f"{ledger.path} was begun with other privacy terms: its privacy.{name} is {theirs!r}, config.toml "
-                f"gives {mine!r}. Set it back to go on, or start a run in another folder, whose budget is apart from "
-                "this one's"
+                f"{ledger.path} belongs to another run: its {what} is {found[name]!r}, model and config.toml give "
+                f"{value!r}"
             )
 
 

@@ -29,7 +29,7 @@ from fedzo.federation.spec import PROTOCOL, RunSpec
 from fedzo.federation.worker import Worker
 from fedzo.models import EncoderClassifier, LoadedModel, add_adapter, add_head, load_model, prefix_activations
 from fedzo.optimizers import OPTIMIZERS, Schedule
-from fedzo.privacy.account import Account, Budget
+from fedzo.privacy.account import Account, Budget, budget_file
 from fedzo.privacy.sanitiser import Sanitiser
 from fedzo.privacy.terms import LOCAL_MODES, Terms
 from fedzo.privacy_plan import make_terms
@@ -125,27 +125,37 @@ def prepare(config: Config, loaded: LoadedModel, mask: Mask | None) -> tuple[Loa
     return loaded, built
 
 
-def _check_terms(config: Config, ledger: Ledger, terms: Terms) -> None:
-    """Names the key that a private run's configuration was changed in, before the change does something to another."""
-    privacy, spec = config.privacy, ledger.spec
-    pairs = [(f"privacy.{name}", value, getattr(terms, name)) for name, value in privacy if hasattr(terms, name)]
-    pairs = [pair for pair in pairs if pair[0] != "privacy.noise_multiplier" or pair[1]]
-    if not terms.of_examples:  # how clients are drawn is in other keys, too
-        pairs = [pair for pair in pairs if pair[0] != "privacy.sampling"]
-    elif privacy.sampling_rate:
-        pairs.append(("privacy.sampling_rate", privacy.sampling_rate, terms.rate))
-    pairs += [
-        ("method.batch_size", config.method.batch_size, spec.batch_size),
-        ("method.queries", config.method.queries, spec.queries),
-        ("federation.rounds", config.federation.rounds, spec.rounds),
-        ("federation.local_steps", config.federation.local_steps, spec.local_steps),
-    ]
+def check_terms(config: Config, ledger: Ledger) -> None:
+    """Checks that a configuration promises what a run was begun with: what was released cannot be taken back.
+
+    What follows from the keys (rate, releases, grid) is not compared; nor is noise that is to be calibrated.
+
+    Raises:
+        LedgerError: it does not; the message names the key, not what changing it does to others.
+    """
+    privacy, spec, terms = config.privacy, ledger.spec, ledger.spec.terms
+    if terms is None or privacy.mode == "none":
+        pairs: list[tuple[str, object, object]] = [("privacy.mode", privacy.mode, terms.mode if terms else "none")]
+    else:
+        apart = {"noise_multiplier": not privacy.noise_multiplier, "sampling": not terms.of_examples}
+        pairs = [
+            (f"privacy.{name}", given, getattr(terms, name))
+            for name, given in privacy
+            if hasattr(terms, name) and not apart.get(name)
+        ]
+        if privacy.sampling_rate:
+            pairs.append(("privacy.sampling_rate", privacy.sampling_rate, terms.rate))
+        pairs += [
+            ("method.batch_size", config.method.batch_size, spec.batch_size),
+            ("method.queries", config.method.queries, spec.queries),
+            ("federation.rounds", config.federation.rounds, spec.rounds),
+            ("federation.local_steps", config.federation.local_steps, spec.local_steps),
+        ]
     for key, given, own in pairs:
         if given != own:
             raise LedgerError(
-                f"{ledger.path} was begun with other privacy terms: its {key} is {own!r}, config.toml gives "
-                f"{given!r}. Set "
-                "it back to go on, or start a run in another folder, whose budget is apart from this one's"
+                f"{ledger.path} was begun with other privacy terms: its {key} is {own!r}, config.toml gives {given!r}. "
+                "Set it back to go on, or start a run in another folder, whose budget is apart from this one's"
             )
 
 
@@ -157,8 +167,8 @@ def open_experiment(config: Config, ledger: Ledger) -> "Experiment":
     """
     if config.method.learning_rate == "auto":
         config = config.with_learning_rate(ledger.spec.learning_rate)
+    check_terms(config, ledger)
     if ledger.spec.terms is not None:
-        _check_terms(config, ledger, ledger.spec.terms)
         config = config.with_noise(config.privacy.noise_multiplier or ledger.spec.terms.noise_multiplier)
     if not ledger.spec.mask:
         return Experiment(config)
@@ -504,7 +514,7 @@ class Experiment:
         examples = len(self.client_data(number))
         rate = min(1.0, spec.batch_size / max(1, examples)) if terms.of_examples else None
         release = terms.release(sanitiser.coordinates, rate, units=examples)
-        return Account(folder / spec.run_id.hex() / f"{number}.json", spec.run_id, Budget(terms, release))
+        return Account(budget_file(folder, spec.run_id, number), spec.run_id, Budget(terms, release))
 
     def replica(self, spec: RunSpec) -> Replica:
         """A replica at theta0. Of a bfloat16 theta one can be used at a time: a new one takes the weights over."""

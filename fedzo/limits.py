@@ -3,11 +3,13 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 Value = bool | int | float | str
 
 # Everything private that may be asked of a run; a method names those under which its scalars stay covered.
-PRIVACY_MODES: tuple[str, ...] = ("example-local", "client-central", "client-local", "client-secagg")
+PrivacyMode = Literal["example-local", "client-central", "client-local", "client-secagg"]
+PRIVACY_MODES: tuple[str, ...] = get_args(PrivacyMode)
 # Of clients' data as a whole: their scalars are clipped and noised together, whatever one example does to them.
 CLIENT_MODES: tuple[str, ...] = PRIVACY_MODES[1:]
 

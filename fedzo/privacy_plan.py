@@ -9,7 +9,6 @@ from dataclasses import replace
 from fedzo.config import Config
 from fedzo.errors import ConfigError
 from fedzo.federation.randomness import derive, sample_clients
-from fedzo.federation.spec import RunSpec
 from fedzo.privacy.accounting import Sampling, calibrate, epsilon
 from fedzo.privacy.mechanisms import LEVELS, require_opendp
 from fedzo.privacy.sanitiser import Sanitiser
@@ -40,9 +39,8 @@ def make_terms(config: Config, sizes: Sequence[int], scalars: int) -> Terms:
         largest = max(sizes)
         if privacy.delta > 1.0 / largest:
             raise ConfigError(
-                f"privacy.delta is {privacy.delta:g}, above 1 / {largest} examples of a client: it would allow "
-                f"one of them to "
-                f"be published whole; set it well below {1.0 / largest:g}"
+                f"privacy.delta is {privacy.delta:g}, above 1 / {largest} examples of a client: it would allow one of "
+                f"them to be published whole; set it well below {1.0 / largest:g}"
             )
         least = min(size for size in sizes if size)
         rate = privacy.sampling_rate or min(1.0, method.batch_size / least)
@@ -81,12 +79,10 @@ def make_terms(config: Config, sizes: Sequence[int], scalars: int) -> Terms:
         if one > terms.epsilon:
             raise ConfigError(
                 f"privacy.noise_multiplier is {privacy.noise_multiplier:g}, with which one release takes epsilon "
-                f"{one:.3g}, "
-                f"more than privacy.epsilon {terms.epsilon:g}: raise either, or leave the multiplier at 0"
+                f"{one:.3g}, more than privacy.epsilon {terms.epsilon:g}: raise either, or leave the multiplier at 0"
             )
         return terms
-    release = terms.release(sanitiser.coordinates, units=units)
-    release = replace(release, slack=0.0)
+    release = replace(terms.release(sanitiser.coordinates, units=units), slack=0.0)
     while True:
         noise = calibrate(release, releases, terms.epsilon, terms.delta)
         terms = _on_grid(replace(terms, noise_multiplier=noise, levels=LEVELS))
@@ -100,7 +96,7 @@ def _on_grid(terms: Terms) -> Terms:
     if terms.mode != "client-secagg":
         return terms
     share = max(terms.noise.noise_multiplier, terms.count_noise.noise_multiplier / 2.0 if terms.adaptive else 0.0)
-    return replace(terms, levels=levels(share / math.sqrt(terms.asked - terms.tolerance), terms.asked))
+    return replace(terms, levels=levels(share / math.sqrt(terms.survivors), terms.asked))
 
 
 def most_rounds(config: Config) -> int:
@@ -113,11 +109,3 @@ def most_rounds(config: Config) -> int:
         drawn = sample_clients(place, config.data.clients, federation.client_rate)
         count.update(drawn[: federation.clients_per_round or None].tolist())
     return max(count.values(), default=1)
-
-
-def plan_of(spec: RunSpec) -> dict[str, float]:
-    """What the terms of a run are worth and cost, by name; empty where it is not private."""
-    terms, sanitiser = spec.terms, spec.sanitiser
-    if terms is None or sanitiser is None:
-        return {}
-    return {"noise_multiplier": terms.noise_multiplier, "scalar_error": sanitiser.error}

@@ -1,15 +1,14 @@
 """What a private run has spent, of whose budget, and what that means in words."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedzo.errors import RunError
 from fedzo.federation.ledger import Ledger
-from fedzo.privacy.accounting import authority, cross_check, epsilon
+from fedzo.privacy.account import Kept, budget_file
+from fedzo.privacy.accounting import Release, authority, cross_check, epsilon
 from fedzo.privacy.terms import Terms
 
 
@@ -20,14 +19,14 @@ class Spent:
     Attributes:
         client: its number; None: everyone, as who took part is nobody's to know.
         releases: charged before they were made.
-        rate: at which a unit takes part in a release.
+        release: one of them, to a unit's accountant.
         epsilon: at the terms' delta.
         own: as the client itself counts; else as the server does, with the rate that the noise was planned for.
     """
 
     client: int | None
     releases: int
-    rate: float
+    release: Release
     epsilon: float
     own: bool
 
@@ -46,31 +45,19 @@ def spent(ledger: Ledger, budgets: Path) -> list[Spent]:
     if terms is None or sanitiser is None:
         return []
     charges, found = ledger.charges(), []
-    for client in [None] if terms.mode == "client-central" else range(ledger.spec.clients):
+    for client in [None] if terms.secret else range(ledger.spec.clients):
         releases, rate, own = charges[client], terms.rate, False
         units = ledger.spec.clients if client is None else round(ledger.spec.batch_size / terms.rate)
-        if client is not None:
-            kept = _kept(budgets / ledger.spec.run_id.hex() / f"{client}.json")
-            if kept is not None:
-                releases, rate, units, own = kept["releases"], kept["rate"], kept["units"], True
+        if client is not None and (kept := Kept.read(budget_file(budgets, ledger.spec.run_id, client))) is not None:
+            releases, rate, units, own = kept.releases, kept.rate, kept.units, True
         release = terms.release(sanitiser.coordinates, rate, units)
-        found.append(Spent(client, releases, rate, epsilon(release, releases, terms.delta), own))
+        found.append(Spent(client, releases, release, epsilon(release, releases, terms.delta), own))
     return found
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
-    try:
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"releases": int(kept["releases"]), "rate": float(kept["rate"]), "units": int(kept["units"])}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"the privacy budget {path} cannot be read ({type(error).__name__}): restore it") from None
-
-
-def privacy_figures(ledger: Ledger, budgets: Path) -> dict[str, Any]:
+def privacy_figures(ledger: Ledger, each: Sequence[Spent]) -> dict[str, Any]:
     """What is printed with every result of a private run; of any other run that it is not private."""
-    terms, each = ledger.spec.terms, spent(ledger, budgets)
+    terms = ledger.spec.terms
     if terms is None:
         return {"privacy": "none"}
     return {
@@ -101,8 +88,7 @@ _PROTECTED = {
     "client-secagg": (
         "all training data of each client, as a whole",
         "no single party: every client adds a share of the noise, and the server learns the sum of a round only "
-        "(SecAgg+; "
-        "it is trusted to follow that protocol)",
+        "(SecAgg+; it is trusted to follow that protocol)",
     ),
 }
 
@@ -125,17 +111,15 @@ def assumptions(terms: Terms) -> list[str]:
         )
     elif terms.sampling == "fixed":
         found.append(
-            f"a fixed number of {unit}s takes part in a release, by a draw from the operating system's entropy "
-            f"that nobody "
-            "else learns"
+            f"a fixed number of {unit}s takes part in a release, by a draw from the operating system's entropy that "
+            "nobody else learns"
         )
     else:
         found.append("who takes part in a release is taken as known: no amplification by sampling is claimed")
     if terms.mode == "client-secagg":
         found.append(
-            f"of the {terms.asked} clients that are asked a round, at most {terms.tolerance} drop out or give "
-            f"their share of "
-            "the noise away"
+            f"of the {terms.asked} clients that are asked a round, at most {terms.tolerance} drop out or give their "
+            "share of the noise away"
         )
     if terms.of_examples:
         found.append("an example's loss depends on the other examples of its batch by floating-point rounding at most")
@@ -150,7 +134,6 @@ def paragraph(ledger: Ledger, each: Sequence[Spent]) -> str:
         return "This run is not private: the scalars that clients sent were neither clipped nor noised."
     protected, trusted = _PROTECTED[terms.mode]
     worst = max(each, key=lambda one: one.epsilon)
-    release = terms.release(sanitiser.coordinates, worst.rate, ledger.spec.clients if worst.client is None else 0)
     law = "discrete Gaussian" if terms.mechanism == "gaussian" else "discrete Laplace"
     unit, norm = ("example" if terms.of_examples else "client"), f"L{terms.order} norm"
     bound = f"following the {terms.quantile:g} quantile of the norms from" if terms.adaptive else "of"
@@ -160,16 +143,14 @@ def paragraph(ledger: Ledger, each: Sequence[Spent]) -> str:
         f"It trusts {trusted}",
         f"At most {worst.releases:,} vectors of {sanitiser.coordinates} numbers were released"
         + (" of any client" if worst.client is not None else ""),
-        f"Before each, the contribution of every {unit} was clipped to an {norm} {bound} {terms.clip:g}, and "
-        f"{law} noise of "
-        f"{terms.noise.noise_multiplier:g} times that bound was added from the operating system's entropy",
-        f"The chance of any {unit} to take part in a release is {worst.rate:.3g}",
+        f"Before each, the contribution of every {unit} was clipped to an {norm} {bound} {terms.clip:g}, and {law} "
+        f"noise of {terms.noise.noise_multiplier:g} times that bound was added from the operating system's entropy",
+        f"The chance of any {unit} to take part in a release is {worst.release.rate:.3g}",
         "The seeds of all random directions are public and not relied on",
         f"Assumed: {'; '.join(assumptions(terms))}",
-        f"The budget of the run is ({terms.epsilon:g}, {terms.delta:g}); it is charged before each release and "
-        f"cannot be "
-        "exceeded",
-        f"Accounting: {authority(release, terms.delta).source}",
+        f"The budget of the run is ({terms.epsilon:g}, {terms.delta:g}); it is charged before each release and cannot "
+        "be exceeded",
+        f"Accounting: {authority(worst.release, terms.delta).source}",
     ]
     return ". ".join(sentences) + "."
 
@@ -184,9 +165,8 @@ def _up(value: float) -> float:
 
 def checks(ledger: Ledger, each: Sequence[Spent]) -> dict[str, float]:
     """The largest epsilon by every accountant that covers it."""
-    terms, sanitiser = ledger.spec.terms, ledger.spec.sanitiser
-    if terms is None or sanitiser is None or not each:
+    terms = ledger.spec.terms
+    if terms is None:
         return {}
     worst = max(each, key=lambda one: one.epsilon)
-    units = ledger.spec.clients if worst.client is None else round(ledger.spec.batch_size / worst.rate)
-    return cross_check(terms.release(sanitiser.coordinates, worst.rate, units), worst.releases, terms.delta)
+    return cross_check(worst.release, worst.releases, terms.delta)

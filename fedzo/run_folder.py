@@ -8,7 +8,6 @@ import fcntl
 import importlib.util
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from fedzo.config import Config, load_config, to_toml
 from fedzo.errors import RunError
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.ledger import Ledger
+from fedzo.files import write_atomically
 from fedzo.step_size import StepSize
 
 BUDGETS = "budgets"  # in it a folder by the run's id, in which a file for each client
@@ -129,19 +129,6 @@ def new_run_path(config: Config, now: float | None = None) -> Path:
     """runs/NAME, or runs/TASK-DATE-TIME."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
     return Path("runs") / (config.name or f"{config.task.name}-{stamp}")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that it is either the old or the new one, never half."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 class MetricsLog:

@@ -20,8 +20,9 @@ from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.randomness import derive
+from fedzo.files import write_atomically
 from fedzo.registry import nearest
-from fedzo.run_folder import RunFolder, strict_json, write_atomically
+from fedzo.run_folder import RunFolder, strict_json
 
 if TYPE_CHECKING:
     import optuna
@@ -138,9 +139,8 @@ def search(
     """
     if config.privacy.mode != "none":
         raise ConfigError(
-            f'privacy.mode is "{config.privacy.mode}": every trial would spend a budget of its own on the same '
-            f"data, and the "
-            'choice among them tells of it too. Tune with privacy.mode = "none" on public data'
+            f'privacy.mode is "{config.privacy.mode}": every trial would spend a budget of its own on the same data, '
+            'and the choice among them tells of it too. Tune with privacy.mode = "none" on public data'
         )
     if importlib.util.find_spec("optuna") is None:
         raise RunError('`fedzo tune` needs optuna, which is not installed: pip install "fedzo[tune]"')

@@ -22,7 +22,7 @@ from fedzo.federation.messages import Hello
 from fedzo.privacy.mechanisms import Ints
 from fedzo.run_folder import RunFolder, new_run_path
 from fedzo.runtime import keep_memory
-from server.secure import secure_sum
+from server.secure import poll, secure_sum
 
 RECORD = "fedzo"  # the one record of every message
 PART = 8 * 2**20  # bytes of an artifact in one message
@@ -63,24 +63,9 @@ def converse(
         contents: node id -> record.
         timeout: seconds; also the messages' time to live, so that nobody begins work that is no longer wanted.
     """
-    start = time.monotonic()
-    # To one node at a time: the ids come back in order, and a message that could not be pushed has none.
-    sent = {
-        message_id: node
-        for node, record in contents.items()
-        for message_id in grid.push_messages([Message(RecordDict({RECORD: record}), node, kind, ttl=timeout)])
-        if message_id
-    }
-    while sent:
-        for reply in grid.pull_messages(list(sent)):
-            node = sent.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None and reply.has_content():  # an error instead: the node counts as lost
-                yield node, reply.content.config_records.get(RECORD, ConfigRecord())
-        elapsed = time.monotonic() - start
-        if elapsed > timeout:
-            return
-        if sent:
-            time.sleep(min(0.25, max(0.01, elapsed / 20)))  # short rounds are polled often, long ones cheaply
+    messages = [Message(RecordDict({RECORD: record}), node, kind) for node, record in contents.items()]
+    for node, reply in poll(grid, messages, timeout):
+        yield node, reply.content.config_records.get(RECORD, ConfigRecord())
 
 
 def wait_for_nodes(grid: Grid, clients: int) -> list[int]:

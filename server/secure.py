@@ -31,7 +31,8 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key
 from flwr.supercore.run import Run
 
 from fedzo.errors import RunError
-from fedzo.privacy.secure_sum import LEAST_CLIENTS, LIMIT, MODULUS, MOST_CLIENTS, RANGE, Ints, expand
+from fedzo.privacy.mechanisms import Ints
+from fedzo.privacy.secure_sum import LEAST_CLIENTS, LIMIT, MODULUS, MOST_CLIENTS, RANGE, install
 
 _WORKFLOW = "flwr.server.workflow.secure_aggregation.secaggplus_workflow"
 
@@ -61,7 +62,7 @@ def secure_sum(
         raise RunError(f"a secure sum of {len(nodes)} clients, wanted {LEAST_CLIENTS} to {MOST_CLIENTS}")
     if not 2 <= threshold <= len(nodes):
         raise RunError(f"a secure sum of at least {threshold} of {len(nodes)} clients, wanted 2 to {len(nodes)}")
-    install()
+    install(importlib.import_module(_WORKFLOW), "SecAggPlusWorkflow.unmask_stage", secaggplus_utils.pseudo_rand_gen)
     strategy = _Keep(grid, list(nodes.values()))
     state = RecordDict(
         {
@@ -116,24 +117,6 @@ def poll(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[tu
             return
         if sent:
             time.sleep(min(0.25, max(0.01, elapsed / 20)))  # short stages are polled often, long ones cheaply
-
-
-def install() -> None:
-    """Puts `expand` in the place of the workflow's mask generator, whose secrets can be searched (clients/secure.py).
-
-    Raises:
-        RunError: the place is not where it was in Flower 1.41.
-    """
-    module: Any = importlib.import_module(_WORKFLOW)
-    place = getattr(module, "pseudo_rand_gen", None)
-    user = getattr(getattr(module, "SecAggPlusWorkflow", None), "unmask_stage", None)
-    used = "pseudo_rand_gen" in getattr(getattr(user, "__code__", None), "co_names", ())
-    if not used or place not in (secaggplus_utils.pseudo_rand_gen, expand):
-        raise RunError(
-            f"{_WORKFLOW} of this version of Flower makes its masks in another place than that of 1.41, and they could "
-            "be searched for: install flwr 1.41, or set another privacy.mode"
-        )
-    module.pseudo_rand_gen = expand
 
 
 class _Workflow(SecAggPlusWorkflow):
@@ -205,13 +188,13 @@ class _Paced(Grid):
                 _log.warning("node %d answered the secure sum with something else than was asked for", node)
         return answers
 
-    def _fits(self, node: int, asked: ConfigRecord, content: RecordDict) -> bool:
+    def _fits(self, node: int, asked: Mapping[str, Any], content: RecordDict) -> bool:
         try:
             return self._check(node, asked, content.config_records[RECORD_KEY_CONFIGS], content)
         except Exception:  # whatever a broken answer raises
             return False
 
-    def _check(self, node: int, asked: ConfigRecord, answer: Mapping[str, Any], content: RecordDict) -> bool:
+    def _check(self, node: int, asked: Mapping[str, Any], answer: Mapping[str, Any], content: RecordDict) -> bool:
         stage = asked[Key.STAGE]
         if stage == Stage.SETUP:
             for key in (Key.PUBLIC_KEY_1, Key.PUBLIC_KEY_2):
@@ -227,7 +210,7 @@ class _Paced(Grid):
             return [array.shape for array in arrays] == [(1,), (self._size,)] and all(
                 array.dtype == np.int64 and (array >= 0).all() and (array < MODULUS).all() for array in arrays
             )
-        wanted = [*asked[Key.ACTIVE_NODE_ID_LIST], *asked[Key.DEAD_NODE_ID_LIST]]  # type: ignore[misc]
+        wanted = [*asked[Key.ACTIVE_NODE_ID_LIST], *asked[Key.DEAD_NODE_ID_LIST]]
         shares = answer[Key.SHARE_LIST]
         return list(answer[Key.NODE_ID_LIST]) == wanted and len(shares) == len(wanted) and _all_bytes(shares)
 

@@ -20,7 +20,8 @@ from fedzo.errors import ConfigError, FedzoError, SpaceError
 from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.ledger import Ledger
-from fedzo.run_folder import RunFolder, strict_json, write_atomically
+from fedzo.files import write_atomically
+from fedzo.run_folder import RunFolder, strict_json
 from fedzo.runtime import keep_memory
 
 FACTOR = 3.0  # between neighbouring learning rates

@@ -39,7 +39,8 @@ from cells import Clock, MissingError, Player, Result, curve, endpoints, percent
 
 from fedzo.config import Config, flatten, from_flat, load_config
 from fedzo.experiment import Experiment
-from fedzo.run_folder import RunFolder, write_atomically
+from fedzo.files import write_atomically
+from fedzo.run_folder import RunFolder
 
 CLIENTS, BATCH = 2, 16
 FORWARDS_A_ROUND = 2 * CLIENTS

@@ -67,12 +67,13 @@ from fedzo.evaluation import Batch, GradientRequest, LossRequest, losses_from_sc
 from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.randomness import choose, derive
+from fedzo.files import write_atomically
 from fedzo.limits import AtLeast
 from fedzo.methods import METHODS, Method
 from fedzo.optimizers import OPTIMIZERS, Schedule
 from fedzo.registry import lookup
 from fedzo.report import summarise
-from fedzo.run_folder import RunFolder, strict_json, write_atomically
+from fedzo.run_folder import RunFolder, strict_json
 from fedzo.runtime import keep_memory
 from fedzo.spaces.sparse import DRAWN
 from fedzo.step_size import SHARE, Probe

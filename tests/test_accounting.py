@@ -4,6 +4,7 @@ import importlib.util
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from fedzo.errors import ConfigError
 from fedzo.privacy.accounting import (
     ACCOUNTANTS,
-    Mechanism,
+    Law,
     Release,
     affordable,
     authority,
@@ -150,7 +151,7 @@ def test_fixed_draws_are_of_replaced_units_and_count_half_the_noise() -> None:
     exponent=st.floats(-9.0, -4.0),
 )
 def test_more_of_anything_that_tells_tells_more(
-    law: Mechanism, sampled: bool, count: int, rate: float, multiplier: float, exponent: float
+    law: Law, sampled: bool, count: int, rate: float, multiplier: float, exponent: float
 ) -> None:
     release = Release(law, multiplier, "poisson" if sampled else "none", rate if sampled else 1.0)
     delta = 10.0**exponent
@@ -253,9 +254,9 @@ def test_affordable_looks_at_the_most_first() -> None:
         (lambda: calibrate(Release("gaussian", 1.0, slack=0.1), 30, 2.0, DELTA), "by the grid alone"),
     ],
 )
-def test_what_has_no_answer_is_refused(call: object, named: str) -> None:
+def test_what_has_no_answer_is_refused(call: Callable[[], object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        call()  # type: ignore[operator]
+        call()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,10 +84,10 @@ def test_the_threshold_is_not_judged_by_the_trials_that_chose_it() -> None:
 
 @pytest.mark.parametrize("chance", [1.0, 0.3])
 @pytest.mark.parametrize(("order", "law"), [(2, norm), (1, laplace)])
-def test_scores_are_likelihood_ratios(order: int, law: object, chance: float) -> None:
+def test_scores_are_likelihood_ratios(order: int, law: Any, chance: float) -> None:
     rest, part = np.random.default_rng(1).normal(size=(7, 3)), np.array([0.5, -1.0, 2.0])
-    absent = law.pdf(rest, scale=1.3).prod(axis=1)  # type: ignore[attr-defined]
-    present = law.pdf(rest - part, scale=1.3).prod(axis=1)  # type: ignore[attr-defined]
+    absent = law.pdf(rest, scale=1.3).prod(axis=1)
+    present = law.pdf(rest - part, scale=1.3).prod(axis=1)
     wanted = np.log((1.0 - chance) * absent + chance * present) - np.log(absent)
     assert log_ratio(rest, part, 1.3, order, chance) == pytest.approx(wanted)
     assert log_ratio(rest, part, 1.3, order, 0.0).tolist() == [0.0] * 7

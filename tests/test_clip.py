@@ -130,7 +130,9 @@ def test_nothing_of_the_clients_is_looked_at(data: Path, tmp_path: Path, monkeyp
         assert suggest(Experiment(config(data, **keys))) == suggest(Experiment(config(other, **keys)))
 
 
-def test_batches_are_mixed_whatever_the_order_of_the_data(data: Path, tmp_path: Path) -> None:
+def test_batches_are_mixed_whatever_the_order_of_the_data(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches of one label each would have means that no client's have."""
     ordered = make_data(tmp_path / "ordered", test=PUBLIC)
     lines = (ordered / "validation.jsonl").read_text(encoding="utf-8").splitlines()
@@ -144,7 +146,7 @@ def test_batches_are_mixed_whatever_the_order_of_the_data(data: Path, tmp_path: 
         mixed += len(set(request.batch.labels.tolist())) > 1
         return answer(request)
 
-    experiment.evaluator.answer = look  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(experiment.evaluator, "answer", look)
     suggest(experiment)
     assert mixed >= 3  # of 4
 

@@ -13,24 +13,24 @@ from typing import Any
 
 import pytest
 
+from fedzo import engine, flower
+from fedzo.config import Config, flatten, from_flat
+from fedzo.errors import LedgerError, RunError
+from fedzo.experiment import Experiment, open_experiment
+from fedzo.federation.coordinator import RoundSummary
+from fedzo.federation.ledger import Ledger
+from fedzo.privacy_report import spent
+from fedzo.report import verify
+from fedzo.run_folder import RunFolder
+
 pytest.importorskip("flwr")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # clients/ and server/ are not part of the installed package
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict  # noqa: E402
-from flwr.serverapp import Grid  # noqa: E402
-from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+from grids import ProcessGrid  # noqa: E402
 
 from clients import app as client_side  # noqa: E402
-from fedzo import engine, flower  # noqa: E402
-from fedzo.config import Config, flatten, from_flat  # noqa: E402
-from fedzo.errors import LedgerError, RunError  # noqa: E402
-from fedzo.experiment import Experiment, open_experiment  # noqa: E402
-from fedzo.federation.coordinator import RoundSummary  # noqa: E402
-from fedzo.federation.ledger import Ledger  # noqa: E402
-from fedzo.privacy_report import spent  # noqa: E402
-from fedzo.report import verify  # noqa: E402
-from fedzo.run_folder import RunFolder  # noqa: E402
 from server import app as server_side  # noqa: E402
 
 TINY = {
@@ -39,7 +39,7 @@ TINY = {
 }  # fmt: skip
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(ProcessGrid):
     """Calls the ClientApp for every message.
 
     Args:
@@ -50,33 +50,17 @@ class InProcessGrid(Grid):
     def __init__(
         self, config: Config, out: Path, partitions: Iterable[int], forge: Callable[[int, Message], Message | None]
     ) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # private; Message() needs them
         self.run_config = flatten(config) | {"out": str(out)}
-        self.contexts = {
-            1000 - i: self.context(1000 - i, {"partition-id": number}) for i, number in enumerate(partitions)
-        }
-        self.forge, self.replies, self.ids = forge, dict[str, Message](), itertools.count()
+        super().__init__(
+            {1000 - i: self.context(1000 - i, {"partition-id": number}) for i, number in enumerate(partitions)}
+        )
+        self.forge, self.ids = forge, itertools.count()
         self.errors: list[Error] = []
 
     def context(self, node: int, node_config: Mapping[str, Any]) -> Context:
         return Context(
             run_id=1, node_id=node, node_config=dict(node_config), state=RecordDict(), run_config=self.run_config
         )
-
-    def set_run(self, run: Any) -> None: ...
-
-    @property
-    def run(self) -> Any:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.contexts)
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        return [self.handle(message) for message in messages]
 
     def handle(self, message: Message) -> str:
         name, context = str(next(self.ids)), self.contexts[message.metadata.dst_node_id]
@@ -90,12 +74,6 @@ class InProcessGrid(Grid):
         if reply is not None:
             self.replies[name] = reply
         return name
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [self.replies.pop(name) for name in message_ids if name in self.replies]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        raise NotImplementedError
 
 
 def honest(number: int, reply: Message) -> Message:

@@ -10,7 +10,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -244,16 +244,16 @@ def test_without_opendp_there_is_no_noise_and_no_other() -> None:
     for law in LAWS:
         with pytest.raises(ConfigError, match="opendp, which is not installed"):
             law(1.0).draw(3)
-    for mode in ("example-local", "client-central", "client-local", "client-secagg"):
-        party, one = sanitiser(make_terms(mode)), np.ones((2, 3))
-        release = {
-            "example-local": lambda: party.examples(np.ones((3, 1)), 1.0),  # noqa: B023
-            "client-central": lambda: party.total([party.clipped(one, 1.0)], 1.0),  # noqa: B023
-            "client-local": lambda: party.step(one[0], 1.0),  # noqa: B023
-            "client-secagg": lambda: party.share(one, 1.0),  # noqa: B023
-        }[mode]
+    one = np.ones((2, 3))
+    releases: dict[str, Callable[[Sanitiser], object]] = {
+        "example-local": lambda party: party.examples(np.ones((3, 1)), 1.0),
+        "client-central": lambda party: party.total([party.clipped(one, 1.0)], 1.0),
+        "client-local": lambda party: party.step(one[0], 1.0),
+        "client-secagg": lambda party: party.share(one, 1.0),
+    }
+    for mode, release in releases.items():
         with pytest.raises(ConfigError, match="opendp"):
-            release()
+            release(sanitiser(make_terms(mode)))
 
 
 @pytest.mark.usefixtures("without_opendp")
@@ -311,13 +311,12 @@ class Seen:
         self.scales: list[float] = []
 
 
-@pytest.fixture
-def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
+def silence(patch: pytest.MonkeyPatch) -> Seen:
     """The real code with noise of 0: what is left is what the noise has to hide."""
     seen = Seen()
 
     def hushed(law: type[Mechanism]) -> type[Mechanism]:
-        class Silent(law):  # type: ignore[valid-type,misc]
+        class Silent(law):
             def _draw(self, count: int, scale: float) -> list[int]:
                 seen.scales.append(scale)
                 return [0] * count
@@ -330,8 +329,13 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         return Silent
 
     for name, law in list(MECHANISMS.items()):
-        monkeypatch.setitem(MECHANISMS, name, hushed(law))
-    yield seen
+        patch.setitem(MECHANISMS, name, hushed(law))
+    return seen
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    return silence(monkeypatch)
 
 
 MECHANISM = pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
@@ -351,7 +355,7 @@ def distance(one: Ints, other: Ints, order: int) -> int:
 @given(values=contributions, bound=st.floats(1e-3, 1e3), which=st.integers(0, 4))
 def test_an_example_moves_a_release_by_at_most_levels(mechanism: str, values: Floats, bound: float, which: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        seen = next(silent.__wrapped__(patch))  # type: ignore[attr-defined]
+        seen = silence(patch)
         party = sanitiser(make_terms("example-local", mechanism=mechanism), width=6)
         without = np.delete(values, which % values.shape[1], axis=1)
         party.examples(values, bound)
@@ -373,7 +377,7 @@ def test_a_client_moves_the_server_s_sum_by_at_most_levels(
 ) -> None:
     """The server clips once more: a client that does not, or whose scalars were rounded upwards, has no more weight."""
     with pytest.MonkeyPatch.context() as patch:
-        seen = next(silent.__wrapped__(patch))  # type: ignore[attr-defined]
+        seen = silence(patch)
         party = sanitiser(make_terms("client-central", mechanism=mechanism))
         with np.errstate(over="ignore"):
             hostile = [(v.reshape(2, 3).astype(np.float32), np.zeros(0, dtype=np.float32)) for v in values.T]
@@ -394,7 +398,7 @@ def test_a_client_s_steps_together_are_within_one_bound(mechanism: str, values: 
     """client-local: a round of K steps is one release. With noise z b in each step its K parts, each over its own bound
     b / K^(1/p), must add up to what one vector of norm b would tell: sum over steps of (norm / noise)^p <= z^-p."""
     with pytest.MonkeyPatch.context() as patch:
-        seen = next(silent.__wrapped__(patch))  # type: ignore[attr-defined]
+        seen = silence(patch)
         steps = values.shape[1]
         party = sanitiser(make_terms("client-local", mechanism=mechanism, noise_multiplier=1.5), steps, width=6)
         order = party.terms.order
@@ -418,7 +422,7 @@ def test_a_client_s_steps_together_are_within_one_bound(mechanism: str, values: 
 @given(values=contributions, bound=st.floats(1e-3, 1e3))
 def test_a_share_is_within_the_bound(mechanism: str, values: Floats, bound: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        next(silent.__wrapped__(patch))  # type: ignore[attr-defined]
+        silence(patch)
         party = sanitiser(make_terms("client-secagg", mechanism=mechanism, asked=5, tolerance=2))
         for column in values.T:
             share = party.share(column.reshape(2, 3), bound)

@@ -9,7 +9,8 @@ from tiny import Federation, make_spec, start
 from fedzo.config import Config, load_config
 from fedzo.errors import RunError
 from fedzo.federation.coordinator import RoundSummary
-from fedzo.run_folder import MetricsLog, RunFolder, new_run_path, write_atomically
+from fedzo.files import write_atomically
+from fedzo.run_folder import MetricsLog, RunFolder, new_run_path
 
 
 def lines(folder: RunFolder) -> list[dict[str, object]]:

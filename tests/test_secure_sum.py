@@ -27,10 +27,9 @@ from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.common import bytes_to_ndarray, ndarray_to_bytes  # noqa: E402
 from flwr.common.secure_aggregation.secaggplus_constants import Key, Stage  # noqa: E402
 from flwr.common.serde import context_from_proto, context_to_proto  # noqa: E402
-from flwr.serverapp import Grid  # noqa: E402
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects  # noqa: E402
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents  # noqa: E402
-from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+from grids import ProcessGrid  # noqa: E402
 
 from clients import secure as client_side  # noqa: E402
 from server import secure as server_side  # noqa: E402
@@ -63,7 +62,7 @@ def written_and_read(message: Message) -> Message:
     return found
 
 
-class Wire(Grid):
+class Wire(ProcessGrid):
     """Calls a ClientApp for every message.
 
     Args:
@@ -72,15 +71,18 @@ class Wire(Grid):
     """
 
     def __init__(self, clients: int, least: int = 2) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # private; Message() needs them
         self.nodes = {client: FIRST_NODE + 7 * client for client in range(clients)}
-        self.contexts = {
-            node: Context(run_id=1, node_id=node, node_config={"partition-id": c}, state=RecordDict(), run_config={})
-            for c, node in self.nodes.items()
-        }
+        super().__init__(
+            {
+                node: Context(
+                    run_id=1, node_id=node, node_config={"partition-id": c}, state=RecordDict(), run_config={}
+                )
+                for c, node in self.nodes.items()
+            }
+        )
         self.forge: Forge = honest
         self.tamper: Callable[[int, Message], None] = lambda client, message: None
-        self.replies, self.ids = dict[str, Message](), itertools.count()
+        self.ids = itertools.count()
         self.errors: list[str] = []
         self.seen = collections.defaultdict[str, dict[int, Message]](dict)  # stage -> client -> answer
         self.app = ClientApp()
@@ -107,18 +109,15 @@ class Wire(Grid):
         """What the server was sent by each client as its vector."""
         found = {}
         for client, message in self.seen[Stage.COLLECT_MASKED_VECTORS].items():
-            _, data = message.content.config_records[CONFIGS][Key.MASKED_PARAMETERS]  # type: ignore[misc]
+            _, data = message.content.config_records[CONFIGS][Key.MASKED_PARAMETERS]
             found[client] = bytes_to_ndarray(data)
         return found
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        return [self.handle(message) for message in messages]
 
     def handle(self, message: Message) -> str:
         name, node = str(next(self.ids)), message.metadata.dst_node_id
         received = written_and_read(message)
         received.metadata.__dict__["_message_id"] = name
-        client = int(self.contexts[node].node_config["partition-id"])  # type: ignore[arg-type]
+        client = int(self.contexts[node].node_config["partition-id"])
         self.tamper(client, received)
         stage = str(received.content.config_records[CONFIGS][Key.STAGE])
         context = context_from_proto(context_to_proto(self.contexts[node]))
@@ -134,24 +133,6 @@ class Wire(Grid):
         if forged is not None:
             self.replies[name] = forged
         return name
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [self.replies.pop(name) for name in message_ids if name in self.replies]
-
-    def set_run(self, run: Any) -> None: ...
-
-    @property
-    def run(self) -> Any:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.contexts)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        raise NotImplementedError
 
 
 def draw(clients: int, size: int = 9, seed: int = 0, limit: int = LIMIT) -> dict[int, Ints]:
@@ -427,10 +408,10 @@ def test_answers_that_do_not_fit_lose_their_client() -> None:
         if (client, stage) == (0, Stage.SETUP):
             record[Key.PUBLIC_KEY_1] = b"no key"
         if (client, stage) == (1, Stage.SHARE_KEYS):
-            record[Key.CIPHERTEXT_LIST] = record[Key.CIPHERTEXT_LIST][1:]  # type: ignore[index]
+            record[Key.CIPHERTEXT_LIST] = record[Key.CIPHERTEXT_LIST][1:]
         if (client, stage) == (2, Stage.COLLECT_MASKED_VECTORS):
-            factor, _ = record[Key.MASKED_PARAMETERS]  # type: ignore[misc]
-            record[Key.MASKED_PARAMETERS] = [factor, ndarray_to_bytes(np.zeros(1, dtype=np.int64))]  # type: ignore[list-item]
+            factor, _ = record[Key.MASKED_PARAMETERS]
+            record[Key.MASKED_PARAMETERS] = [factor, ndarray_to_bytes(np.zeros(1, dtype=np.int64))]
         if (client, stage) == (3, Stage.COLLECT_MASKED_VECTORS):
             reply.content = RecordDict({CONFIGS: record})
         if (client, stage) == (4, Stage.UNMASK):
@@ -445,7 +426,7 @@ def test_shares_that_make_no_secret_reveal_nothing() -> None:
     def garble(client: int, stage: str, reply: Message) -> Message | None:
         if (client, stage) == (2, Stage.UNMASK):
             record = reply.content.config_records[CONFIGS]
-            record[Key.SHARE_LIST] = [bytes(len(share)) for share in record[Key.SHARE_LIST]]  # type: ignore[union-attr,arg-type]
+            record[Key.SHARE_LIST] = [bytes(len(share)) for share in record[Key.SHARE_LIST]]
         return reply
 
     assert Wire(4).sum(draw(4), 3, garble) is None
@@ -455,9 +436,9 @@ def test_a_sum_that_cannot_be_of_such_vectors_is_refused() -> None:
     def garble(client: int, stage: str, reply: Message) -> Message | None:
         if (client, stage) == (2, Stage.COLLECT_MASKED_VECTORS):
             record = reply.content.config_records[CONFIGS]
-            factor, data = record[Key.MASKED_PARAMETERS]  # type: ignore[misc]
+            factor, data = record[Key.MASKED_PARAMETERS]
             moved = bytes_to_ndarray(data) + MODULUS // 2 & MODULUS - 1
-            record[Key.MASKED_PARAMETERS] = [factor, ndarray_to_bytes(moved)]  # type: ignore[list-item]
+            record[Key.MASKED_PARAMETERS] = [factor, ndarray_to_bytes(moved)]
         return reply
 
     assert Wire(4).sum(draw(4, limit=100), 3, garble) is None
@@ -490,13 +471,13 @@ def test_clients_refuse_to_tell_both_secrets() -> None:
     def twice(client: int, message: Message) -> None:
         record = message.content.config_records[CONFIGS]
         if record[Key.STAGE] == Stage.UNMASK:
-            record[Key.DEAD_NODE_ID_LIST] = list(record[Key.ACTIVE_NODE_ID_LIST])[:1]  # type: ignore[arg-type]
+            record[Key.DEAD_NODE_ID_LIST] = list(record[Key.ACTIVE_NODE_ID_LIST])[:1]
 
     def left_out(client: int, message: Message) -> None:
         record = message.content.config_records[CONFIGS]
         if record[Key.STAGE] == Stage.UNMASK:
             own = FIRST_NODE + 7 * client
-            record[Key.ACTIVE_NODE_ID_LIST] = [n for n in record[Key.ACTIVE_NODE_ID_LIST] if n != own]  # type: ignore[union-attr]
+            record[Key.ACTIVE_NODE_ID_LIST] = [n for n in record[Key.ACTIVE_NODE_ID_LIST] if n != own]
             record[Key.DEAD_NODE_ID_LIST] = [own]
 
     for tamper in (twice, left_out):

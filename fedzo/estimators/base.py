@@ -52,6 +52,11 @@ class Estimate:
     loss: float
     second: npt.NDArray[np.float64] | None = None
 
+    @property
+    def scalars(self) -> npt.NDArray[np.float64]:
+        """float64 [C P, B]: all scalars of each example, the second ones last."""
+        return self.projected if self.second is None else np.concatenate([self.projected, self.second])
+
     @staticmethod
     def joined(parts: "Sequence[Estimate]") -> "Estimate":
         """That of a step made on several batches, one after the other."""

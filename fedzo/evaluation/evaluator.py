@@ -7,10 +7,11 @@ dequantised, once for all of them.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ from fedzo.evaluation.layers import (
 )
 from fedzo.evaluation.scores import losses_from_scores, repeated_scores
 from fedzo.spaces import TrainableSpace
+
+T = TypeVar("T")
 
 EVALUATIONS = ("auto", "paired", "sequential")
 # Spaces of at most this many entries are perturbed at once, before the forward: one call instead of one a module.
@@ -134,6 +137,21 @@ class Evaluator:
         if isinstance(request, DerivativeRequest):
             return self._differentiator.derivatives(request)
         return self._differentiator.gradient(request)
+
+    def run(self, asking: Generator[Request, Tensor, T]) -> T:
+        """Answers a generator's requests, until it returns; an error of an answer is for the generator to decide on."""
+        try:
+            request = next(asking)
+            while True:
+                try:
+                    answer = self.answer(request)
+                except Exception as error:
+                    request = asking.throw(error)
+                else:
+                    request = asking.send(answer)
+        except StopIteration as stop:
+            found: T = stop.value
+            return found
 
     @cached_property
     def _differentiator(self) -> Differentiator:

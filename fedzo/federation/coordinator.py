@@ -169,7 +169,7 @@ class Coordinator:
         if self._terms is None or self.ledger.rounds >= self.spec.rounds:
             return ""
         left = sum(map(self._affords, range(self.spec.clients)))
-        if left >= (self._survivors if self._terms.mode == "client-secagg" else self.spec.quorum):
+        if left >= (self._terms.survivors if self._terms.mode == "client-secagg" else self.spec.quorum):
             return ""
         if self._terms.secret:
             return "the run has no privacy budget left for another round"
@@ -181,12 +181,6 @@ class Coordinator:
             return client not in self._spent
         spent = self._charges[None] + self._charges[client]
         return self._budget.affords(spent + 1)
-
-    @property
-    def _survivors(self) -> int:
-        """Clients that a secure sum needs, so that it has all its noise."""
-        assert self._terms is not None
-        return self._terms.asked - self._terms.tolerance
 
     def admit(self, hello: Hello) -> None:
         """Registers a client. What may differ (its base's quantisation and compute dtype) is recorded in the ledger.
@@ -393,7 +387,8 @@ class Coordinator:
     @property
     def threshold(self) -> int:
         """Clients that must be in the secure sum, below which it may not be revealed."""
-        return self._survivors
+        assert self._terms is not None
+        return self._terms.survivors
 
     def receive_total(self, total: tuple[tuple[int, ...], Ints] | None) -> None:
         """Takes the secure sum of a round: the clients in it, and int64 [K C P + counts]; None: it was not revealed.
@@ -406,7 +401,7 @@ class Coordinator:
             return
         clients, sums = total
         assert self._sanitiser is not None
-        size = self._sanitiser.local_steps * self._sanitiser.width + self._sanitiser.counts
+        size = self._sanitiser.coordinates
         if sums.shape != (size,) or not set(clients) <= current.held or len(clients) < self.threshold:
             raise ProtocolError(
                 f"a secure sum of {len(clients)} clients and {sums.shape} entries, wanted at least {self.threshold} of "

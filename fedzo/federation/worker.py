@@ -165,14 +165,14 @@ class Worker:
             try:
                 estimate, batch = yield from self._estimate(plan, k, rule, theta, state)
                 if estimate is not None and batch is not None:
-                    values = _values(estimate)
+                    values = estimate.scalars
                 if not terms.of_examples:
                     scalars[k] = _mean(values)
                     if batch is not None:
                         settled = yield from rule.settle(theta, state, batch, _own(plan, k, scalars))
                         scalars[k] = np.where(np.isfinite(settled).all(), settled, 0.0)
             except Exception as error:
-                if terms.mode == "client-central":
+                if terms.secret:
                     raise
                 _log.error("the scalars of client %d count as 0: %s", self.client, type(error).__name__)
                 values, scalars[k] = np.zeros((sanitiser.width, 0)), 0.0
@@ -234,11 +234,6 @@ def _own(plan: Plan, k: int, scalars: Scalars, gradients: Scalars | None = None)
     row = slice(k, k + 1)
     step = plan.round * len(plan.seeds) + k
     return Records(step, plan.seeds[row], scalars[row], None if gradients is None else gradients[row])
-
-
-def _values(estimate: Estimate) -> Floats:
-    """float64 [C P, B], the scalars of each example."""
-    return np.concatenate([estimate.projected, *([] if estimate.second is None else [estimate.second])])
 
 
 def _mean(values: Floats) -> Scalars:

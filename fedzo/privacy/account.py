@@ -2,12 +2,12 @@
 
 import fcntl
 import json
-import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fedzo.errors import RunError
-from fedzo.privacy.accounting import Release, affordable, epsilon
+from fedzo.files import write_atomically
+from fedzo.privacy.accounting import Release, affordable
 from fedzo.privacy.terms import Terms
 
 
@@ -31,9 +31,42 @@ class Budget:
                 self._beyond = found + 1
         return releases <= self._within
 
-    def spent(self, releases: int) -> float:
-        """epsilon after so many releases, at the terms' delta."""
-        return epsilon(self.release, releases, self.terms.delta)
+
+@dataclass(frozen=True)
+class Kept:
+    """What a client's budget file holds.
+
+    Attributes:
+        run: id of the run, in hex.
+        releases: charged.
+        rate, units: of the draw, as in `Release`.
+    """
+
+    run: str
+    releases: int
+    rate: float
+    units: int
+
+    @staticmethod
+    def read(path: Path) -> "Kept | None":
+        """The file's; None: there is none.
+
+        Raises:
+            RunError: it is damaged, or cannot be read.
+        """
+        try:
+            kept = Kept(**json.loads(path.read_text(encoding="utf-8")))
+            counts = kept.releases, kept.units
+            if not all(type(count) is int and count >= 0 for count in counts) or not 0.0 < kept.rate <= 1.0:
+                raise ValueError
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(
+                f"the privacy budget {path} cannot be read ({type(error).__name__}): restore it from a copy; without "
+                "it nothing may be released"
+            ) from None
+        return kept
 
 
 class Account:
@@ -55,22 +88,10 @@ class Account:
         self.releases = self._read()
 
     def _read(self) -> int:
-        try:
-            kept = json.loads(self.path.read_text(encoding="utf-8"))
-            if kept["run"] != self._run:
-                raise RunError(f"{self.path} is the budget of another run: give this one another folder")
-            releases = kept["releases"]
-            if not isinstance(releases, int) or isinstance(releases, bool) or releases < 0:
-                raise ValueError
-            return releases
-        except FileNotFoundError:
-            return 0
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RunError(
-                f"the privacy budget {self.path} cannot be read ({type(error).__name__}): restore it from a "
-                f"copy; without "
-                "it nothing may be released"
-            ) from None
+        kept = Kept.read(self.path)
+        if kept is not None and kept.run != self._run:
+            raise RunError(f"{self.path} is the budget of another run: give this one another folder")
+        return 0 if kept is None else kept.releases
 
     def charge(self, releases: int) -> bool:
         """Writes down releases that are about to be made; False: they would exceed the budget, none may be made.
@@ -86,24 +107,14 @@ class Account:
                 total = self._read() + releases
                 if not self.budget.affords(total):
                     return False
-                kept = {"run": self._run, "releases": total, "rate": release.rate, "units": release.units}
-                _write_durably(self.path, json.dumps(kept) + "\n")
+                kept = Kept(self._run, total, release.rate, release.units)
+                write_atomically(self.path, json.dumps(asdict(kept)) + "\n")
         except OSError as error:
             raise RunError(f"cannot write the privacy budget {self.path}: {error.strerror}") from error
         self.releases = total
         return True
 
 
-def _write_durably(path: Path, text: str) -> None:
-    """Replaces a file, so that after a crash it is the old or the new one, and once this returns the new one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def budget_file(folder: Path, run_id: bytes, client: int) -> Path:
+    """Where a client keeps its budget in a run, below the folder for all runs."""
+    return folder / run_id.hex() / f"{client}.json"

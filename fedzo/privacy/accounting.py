@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -20,7 +20,7 @@ import numpy as np
 
 from fedzo.errors import ConfigError
 
-Mechanism = Literal["gaussian", "laplace"]
+Law = Literal["gaussian", "laplace"]
 Sampling = Literal["none", "poisson", "fixed"]
 
 # How finely the privacy loss of one of n releases is discretised: this share of epsilon over the square root of n, but
@@ -35,6 +35,7 @@ _ORDERS = (1.5, *range(2, 65), 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 _ROUNDING = 4e-16
 # Relative, of a calibrated noise multiplier, and its digits; the least and the most that is looked at.
 _WIDTH, _DIGITS = 2e-4, 4
+_STEP = 0.2  # of its logarithm, by which it is bracketed
 _LEAST_NOISE, _MOST_NOISE = 1e-6, 1e6
 
 
@@ -52,7 +53,7 @@ class Release:
         slack: added to epsilon for each release: the noise is drawn on a grid (`Gaussian.slack`).
     """
 
-    mechanism: Mechanism
+    mechanism: Law
     noise_multiplier: float
     sampling: Sampling = "none"
     rate: float = 1.0
@@ -309,30 +310,32 @@ def calibrate(release: Release, count: int, target: float, delta: float) -> floa
         )
     _check(replace(release, noise_multiplier=1.0), delta)
 
-    def excess(multiplier: float) -> float:
-        return _excess(epsilon(replace(release, noise_multiplier=multiplier), count, delta), target)
+    _require("scipy", "scipy")
+    from scipy.optimize import brentq
 
-    enough = min(max(_guess(release, count, left, delta), _LEAST_NOISE), _MOST_NOISE)
-    over = excess(enough)
-    upwards = over > 0.0
-    while True:
-        one, before = enough, over
-        factor = math.exp(min(max(1.05 * abs(before), 0.02), 1.5))
-        enough = one * factor if upwards else one / factor
-        if enough < _LEAST_NOISE:
-            return _rounded_up(one)
-        if enough > _MOST_NOISE and release.mechanism == "gaussian":
+    def at(multiplier: float) -> float:
+        return epsilon(replace(release, noise_multiplier=multiplier), count, delta)
+
+    def excess(log_multiplier: float) -> float:
+        """How far epsilon is above its target, logarithmically; bounded, for epsilons of 0 and inf."""
+        return math.log(min(max(at(math.exp(log_multiplier)) / target, 1e-20), 1e20))
+
+    most = math.log(_MOST_NOISE) if release.mechanism == "gaussian" else math.inf
+    low = high = math.log(min(max(_guess(release, count, left, delta), _LEAST_NOISE), _MOST_NOISE))
+    while excess(high) > 0.0:
+        if high >= most:
             hint = ", or draw each unit by chance (poisson)" if release.sampling == "fixed" else ""
             raise ConfigError(
                 f"no noise multiplier up to {_MOST_NOISE:g} keeps {count:,} releases within epsilon {target:g} at "
                 f"delta {delta:g}: raise epsilon or delta, or make fewer releases{hint}"
             )
-        over = excess(enough)
-        if upwards != (over > 0.0):
-            break
-    ends = ((enough, over), (one, before)) if upwards else ((one, before), (enough, over))
-    found = _rounded_up(_edge(excess, *ends, whole=False))
-    while excess(found) > 0.0:  # by the discretisation, which differs from noise to noise
+        low, high = high, min(high + _STEP, most)
+    while excess(low) <= 0.0:
+        if low <= math.log(_LEAST_NOISE):
+            return _LEAST_NOISE
+        low, high = low - _STEP, low
+    found = _rounded_up(math.exp(brentq(excess, low, high, xtol=_WIDTH)))
+    while at(found) > target:  # by the discretisation, which differs from noise to noise
         found = _rounded_up(found * (1.0 + _WIDTH))
     return found
 
@@ -345,14 +348,9 @@ def affordable(release: Release, target: float, delta: float, most: int) -> int:
     """
     _check_target(target)
 
-    def excess(count: float) -> float:
-        return _excess(epsilon(release, int(count), delta), target)
-
-    over = excess(most)
-    if over <= 0.0:
+    if epsilon(release, most, delta) <= target:  # as it is of a run that goes as planned
         return most
-    first = excess(1)
-    return 0 if first > 0.0 else int(_edge(excess, (1, first), (most, over), whole=True))
+    return bisect_right(range(1, most + 1), target, key=lambda count: epsilon(release, count, delta))
 
 
 def cross_check(release: Release, count: int, delta: float) -> dict[str, float]:
@@ -367,6 +365,8 @@ def _rough(release: Release, count: int, delta: float) -> float:
     import dp_accounting as dp
     from dp_accounting.rdp import rdp_privacy_accountant as renyi
 
+    # It says through absl that it leaves out orders, which only loosens the bound.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     fixed = release.sampling == "fixed"
     relation = dp.NeighboringRelation.REPLACE_ONE if fixed else dp.NeighboringRelation.ADD_OR_REMOVE_ONE
     event: Any = dp.GaussianDpEvent(release.noise_multiplier / (2.0 if fixed else 1.0))
@@ -398,39 +398,6 @@ def _guess(release: Release, count: int, target: float, delta: float) -> float:
     return twice / (each if rate == 1.0 else math.sqrt(math.log1p((each / rate) ** 2)))
 
 
-def _excess(found: float, target: float) -> float:
-    """How far an epsilon is above its target, logarithmically; bounded, for epsilons of 0 and inf."""
-    return 0.0 if found == target else math.log(min(max(found / target, 1e-20), 1e20))
-
-
-def _edge(
-    excess: Callable[[float], float], inside: tuple[float, float], outside: tuple[float, float], *, whole: bool
-) -> float:
-    """Where a monotone excess turns positive: the last value found on this side of it.
-
-    Args:
-        inside, outside: two values and what they exceed: at most 0, and more.
-        whole: find the very last whole number; else within `_WIDTH`.
-    """
-    (good, under), (bad, over) = inside, outside
-    was_good, steps = False, 0
-    while abs(bad - good) > (1.0 if whole else _WIDTH * good):
-        length = math.log(bad / good)
-        # A little to the side where the last one was not, so that both ends close in; and at times just the middle.
-        nudge = (0.5 / good if whole else 0.4 * _WIDTH) / abs(length)
-        share = 0.5 if steps % 4 == 3 or steps > 12 else under / (under - over) + (nudge if was_good else -nudge)
-        value = good * math.exp(min(max(share, 0.02 * nudge), 1.0 - 0.02 * nudge) * length)
-        if whole:
-            value = min(max(round(value), min(good, bad) + 1), max(good, bad) - 1)
-        found, steps = excess(value), steps + 1
-        was_good = found <= 0.0
-        if was_good:
-            good, under = value, found
-        else:
-            bad, over = value, found
-    return good
-
-
 def _rounded_up(value: float) -> float:
     unit = 10.0 ** (math.floor(math.log10(value)) - _DIGITS + 1)
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.{_DIGITS}g}")
@@ -453,10 +420,6 @@ def _check(release: Release, delta: float) -> None:
 def _check_target(target: float) -> None:
     if not target > 0.0:
         raise ConfigError(f"epsilon is {target:g}, wanted a number above 0")
-
-
-# dp-accounting says through absl that it leaves out orders of Renyi's divergence, which only loosens a bound.
-logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def _require(module: str, package: str) -> None:

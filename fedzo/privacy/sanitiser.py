@@ -137,7 +137,7 @@ class Sanitiser:
         Args:
             values: float64 [K, C P].
         """
-        part = sqrt(self.terms.asked - self.terms.tolerance)
+        part = sqrt(self.terms.survivors)
         steps, within = self.terms.noise.clip(values.reshape(-1, 1), bound)
         noised = steps[:, 0] + self.terms.noise.draw(steps.size, self.terms.noise.noise_multiplier / part)
         if not self.counts:

@@ -6,13 +6,12 @@ modulo `MODULUS`; in the sum of all the pairs' masks cancel, and the server is h
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fedzo.errors import ConfigError
-
-Ints = npt.NDArray[np.int64]
+from fedzo.errors import ConfigError, RunError
+from fedzo.privacy.mechanisms import LEVELS, Ints
 
 RANGE = 2**22  # Flower's target range: an entry v goes as v + LIMIT, in 0 to RANGE
 LIMIT = RANGE // 2  # largest magnitude of an entry
@@ -20,7 +19,6 @@ MODULUS = 2**32
 MOST_CLIENTS = (MODULUS - 1) // RANGE  # whose entries, and whose weights of RANGE each, add up to less than MODULUS
 LEAST_CLIENTS = 3  # of two, each learns the other's vector from the sum
 
-MOST_LEVELS = 2**20
 _LEAST_LEVELS = 16
 _TAIL = 12.0  # standard deviations that an entry's noise has room for; a chance of 4e-33 that it needs more
 _LABEL = b"fedzo secure sum: mask"
@@ -57,6 +55,31 @@ def expand(seed: bytes, modulus: int, shapes: Sequence[tuple[int, ...]]) -> list
     return arrays
 
 
+def install(module: Any, user: str, weak: object) -> None:
+    """Puts `expand` in the place of the mask generator that a module of Flower's imported.
+
+    Flower's own folds the secret to the 32-bit seed of a Mersenne Twister, which can be searched.
+
+    Args:
+        module: as imported.
+        user: dotted name in the module of the function that makes the masks.
+        weak: Flower's generator.
+
+    Raises:
+        RunError: the place is not where it was in Flower 1.41.
+    """
+    function = module
+    for name in user.split("."):
+        function = getattr(function, name, None)
+    used = "pseudo_rand_gen" in getattr(getattr(function, "__code__", None), "co_names", ())
+    if not used or getattr(module, "pseudo_rand_gen", None) not in (weak, expand):
+        raise RunError(
+            f"{module.__name__} of this version of Flower makes its masks in another place than that of 1.41, and they "
+            "could be searched for: install flwr 1.41, or set another privacy.mode"
+        )
+    module.pseudo_rand_gen = expand
+
+
 def levels(noise_share: float, clients: int) -> int:
     """The finest grid on which a client's vector and its share of the noise fit into a secure sum.
 
@@ -77,7 +100,7 @@ def levels(noise_share: float, clients: int) -> int:
             f"a secure sum of {clients} clients a round, wanted {LEAST_CLIENTS} to {MOST_CLIENTS}: set "
             "federation.clients_per_round"
         )
-    found = MOST_LEVELS
+    found = LEVELS
     while found >= _LEAST_LEVELS:
         if found * (1.0 + _TAIL * noise_share) <= LIMIT:
             return found

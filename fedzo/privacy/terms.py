@@ -7,7 +7,7 @@ from typing import Any
 
 from fedzo.errors import LedgerError
 from fedzo.limits import Value
-from fedzo.privacy.accounting import Release, Sampling
+from fedzo.privacy.accounting import Law, Release, Sampling
 from fedzo.privacy.mechanisms import LEVELS, MECHANISMS, MOST_SCALE, Mechanism
 
 # Modes in which a client noises what it sends by itself, and each client has a budget of its own.
@@ -40,7 +40,7 @@ class Terms:
     """
 
     mode: str
-    mechanism: str
+    mechanism: Law
     epsilon: float
     delta: float
     noise_multiplier: float
@@ -118,6 +118,11 @@ class Terms:
         return self.mode == "client-central"
 
     @property
+    def survivors(self) -> int:
+        """Clients that a secure sum must be of, so that it has all its noise."""
+        return self.asked - self.tolerance
+
+    @property
     def of_examples(self) -> bool:
         """Whether the unit is an example; else it is a client."""
         return self.mode == "example-local"
@@ -154,4 +159,4 @@ class Terms:
         slack = coordinates * self.noise.slack
         of = units if self.sampling == "fixed" else 0
         chosen = self.rate if rate is None else rate
-        return Release(self.mechanism, self.noise_multiplier, self.sampling, chosen, of, slack)  # type: ignore[arg-type]
+        return Release(self.mechanism, self.noise_multiplier, self.sampling, chosen, of, slack)

@@ -1,0 +1,61 @@
+"""What the commands share: their options, and how figures are printed."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON, and nothing else.")]
+# A command gives it [] as its default, which typer wants to be a list, and never hands out itself.
+Override = Annotated[
+    list[str], typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the configuration.")
+]
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes, with a decimal unit."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+_NAMES = {
+    "weights_up_per_client": "had it sent the weights",
+    "model_up_per_client": "had it sent the whole model",
+}
+
+
+def print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    """Figures by name, a line each, or as one line of JSON."""
+    if as_json:
+        from fedzo.run_folder import strict_json
+
+        print(strict_json(figures))
+        return
+    names = {name: _NAMES.get(name, name.replace("_", " ")) for name in figures}
+    width = max(map(len, names.values()))
+    for name, value in figures.items():  # a line each, however long: hashes are there to be copied
+        console.print(f"{names[name]:{width}}  {_shown(name, value)}", markup=False)
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
+    if name == "learning_rate":
+        return f"{value:.3g}"
+    if isinstance(value, float):
+        share = any(part in name for part in ("accuracy", "f1", "exact_match"))
+        return f"{value:.2%}" if share else f"{value:.4f}"
+    if isinstance(value, int):
+        if name.endswith("_per_client"):
+            return f"{value} bytes" if value < 1000 else f"{value:,} bytes ({human_bytes(value)})"
+        return f"{value:,}"
+    return str(value)

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from fedzo.directions import FAMILIES
 from fedzo.errors import ConfigError
 from fedzo.estimators import ESTIMATORS, Estimator
-from fedzo.federation.aggregation import AGGREGATORS, NEEDS_SHARED_SEEDS
+from fedzo.federation.aggregation import AGGREGATORS, WEIGHINGS
 from fedzo.federation.spec import POOLS, SeedSchedule
 from fedzo.limits import PrivacyMode, Value
 from fedzo.methods import difference, with_method
@@ -217,9 +217,15 @@ class FederationSection(Section):
     seeds: SeedSchedule = Field(default="shared", description="shared, independent, pool or weighted-pool")
     pool_size: int = Field(default=4096, ge=2, description="seeds of the pool")
     aggregation: str = Field(
-        default="mean", description="mean (by examples; in a private run as uniform), uniform, median or trimmed-mean"
+        default="mean",
+        description="mean (by examples; in a private run as uniform), uniform, median, trimmed-mean or norm-bound",
     )
     trim: float = Field(default=0.1, ge=0, lt=0.5, description="part cut at each end by trimmed-mean")
+    norm_bound: float = Field(
+        default=0.0,
+        ge=0,
+        description="L2 norm to which norm-bound scales a client's scalars down; 0: the round's median, untuned",
+    )
     quorum: int = Field(default=1, ge=1, description="contributions below which a round changes nothing")
     scalar_bound: float = Field(default=1e4, gt=0, description="largest magnitude of a scalar that is accepted")
     digest_every: int = Field(default=1, ge=1, description="rounds between recorded digests of theta")
@@ -333,11 +339,13 @@ class Config(Section):
             raise ValueError(
                 f"data.shots is {self.data.shots} and data.limit is {self.data.limit}: set one of them to 0"
             )
-        if federation.aggregation in NEEDS_SHARED_SEEDS and federation.seeds != "shared":
+        if federation.aggregation not in WEIGHINGS and federation.seeds != "shared":
             raise ValueError(
                 f'federation.aggregation = "{federation.aggregation}" compares clients seed by seed and needs '
-                f'federation.seeds = "shared", found "{federation.seeds}"'
+                f'federation.seeds = "shared", found "{federation.seeds}"; "norm-bound" does without'
             )
+        if federation.aggregation == "norm-bound" and federation.norm_bound:
+            self._one_scale()
         asked = federation.clients_per_round or self.data.clients
         if asked > self.data.clients:
             raise ValueError(f"federation.clients_per_round is {asked}, but data.clients is {self.data.clients}")
@@ -451,6 +459,19 @@ class Config(Section):
                 f"federation.quorum is {federation.quorum}, more than the {asked - privacy.tolerance} clients that "
                 "remain when privacy.tolerance drop out"
             )
+
+    def _one_scale(self) -> None:
+        """A bound on the norm is in units of what is bounded."""
+        method = self.method
+        for found, what in (
+            (bool(method.first_order), f'method.first_order = "{", ".join(method.first_order)}": gradients'),
+            (ESTIMATORS[method.estimator].scalars > 1, f'method.estimator = "{method.estimator}": second scalars'),
+        ):
+            if found:
+                raise ValueError(
+                    f"federation.norm_bound is {self.federation.norm_bound:g}, but clients send numbers of two scales "
+                    f"with {what} too. Set federation.norm_bound = 0, which bounds each kind by its own median"
+                )
 
     def _sum_over_a_pool(self) -> None:
         """theta is rebuilt from one coefficient a seed; whether the update rule allows that, its limits say."""

@@ -481,6 +481,7 @@ class Experiment:
             structure=method.structure,
             settings=config.settings(),
             privacy={} if self.terms is None else self.terms.to_header(),
+            norm_bound=federation.norm_bound,
         )
         spec.build_rule(Layout.of(self.space))  # refuses what does not fit the space
         return spec

@@ -58,6 +58,16 @@ def test_describe_is_the_default_configuration_as_toml(tmp_path: Path) -> None:
         # what does not fit together
         ({"federation.aggregation": "median", "federation.seeds": "pool"}, 'needs federation.seeds = "shared"'),
         ({"federation.aggregation": "trimmed-mean", "federation.seeds": "independent"}, "needs federation.seeds"),
+        ({"federation.norm_bound": -1}, "federation.norm_bound: .*greater than or equal to 0"),
+        (
+            {"federation.aggregation": "norm-bound", "federation.norm_bound": 2, "method.estimator": "hizoo"}
+            | {"method.optimizer": "hizoo", "method.directions": "gaussian"},
+            'norm_bound is 2, but .*method.estimator = "hizoo": second scalars too. Set federation.norm_bound = 0',
+        ),
+        (
+            {"federation.aggregation": "norm-bound", "federation.norm_bound": 2, "method.first_order": "head.*, b"},
+            r'norm_bound is 2, but .*method.first_order = "head.\*, b": gradients too. Set federation.norm_bound = 0',
+        ),
         ({"federation.clients_per_round": 11}, "clients_per_round is 11, but data.clients is 10"),
         ({"federation.clients_per_round": 2, "federation.quorum": 3}, "quorum is 3, but only 2 clients"),
         ({"federation.quorum": 11}, "quorum is 11, but only 10 clients"),
@@ -87,6 +97,8 @@ def test_mistakes_are_named(flat: dict[str, object], message: str) -> None:
 
 def test_what_fits_together_passes() -> None:
     from_flat({"federation.aggregation": "uniform", "federation.seeds": "pool"})
+    from_flat({"federation.aggregation": "norm-bound", "federation.norm_bound": 2, "federation.seeds": "pool"})
+    from_flat({"federation.aggregation": "norm-bound", "method.first_order": "head.*"})
     from_flat({"federation.client_rate": 0.5, "federation.quorum": 10})
     from_flat({"method.warmup_steps": 199, "federation.local_steps": 2})
 

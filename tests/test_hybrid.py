@@ -111,6 +111,8 @@ def test_directions_are_zero_within_the_part_and_the_others_outside() -> None:
         ("shared", "trimmed-mean", ("sign", "sgd")),
         ("independent", "mean", ("momentum", "adamw")),
         ("independent", "uniform", ("hiso", "sgd")),
+        ("shared", "norm-bound", ("sgd", "adam")),
+        ("independent", "norm-bound", ("momentum", "sgd")),
     ],
 )
 def test_replay_late_joiner_and_resume_stand_where_the_run_does(

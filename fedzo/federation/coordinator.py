@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedzo.errors import LedgerError, ProtocolError
-from fedzo.federation.aggregation import AGGREGATORS
+from fedzo.federation.aggregation import AGGREGATORS, WEIGHINGS, Settings
 from fedzo.federation.amplitudes import Amplitudes
 from fedzo.federation.ledger import NO_DIGEST, Ledger, LedgerRound
 from fedzo.federation.messages import (
@@ -128,6 +128,7 @@ class Coordinator:
     def __init__(self, ledger: Ledger, replica: Replica) -> None:
         self.ledger, self.replica, self.spec = ledger, replica, ledger.spec
         self._aggregate = lookup(AGGREGATORS, self.spec.aggregation, "aggregation")
+        self._settings = Settings(self.spec.trim, self.spec.norm_bound)
         self._pool = pool_seeds(self.spec.seed, self.spec.pool_size) if self.spec.seeds in POOLS else None
         weighted = self._pool if self.spec.seeds == "weighted-pool" else None
         self._amplitudes = None if weighted is None else Amplitudes(weighted)
@@ -534,23 +535,22 @@ class Coordinator:
             return self._nothing()
         weights = _weights(contributions)
         stacked = np.stack([c.scalars.astype(np.float64) for c in contributions])
+        # [clients, K, P] each: the first scalars of all clients, then their second ones, of another scale.
+        parts = np.split(stacked, spec.scalars, axis=2)
         if spec.seeds == "shared":
-            combined = self._aggregate(stacked, weights, spec.trim)
-            return contributions[0].seeds, combined.astype(np.float32)
-        if spec.aggregation == "uniform":
-            weights = np.full(len(contributions), 1.0 / len(contributions))
-        scaled = stacked * weights[:, None, None]
+            combined = [self._aggregate(part, weights, self._settings) for part in parts]
+            return contributions[0].seeds, np.concatenate(combined, axis=1).astype(np.float32)
+        weighing = lookup(WEIGHINGS, spec.aggregation, "aggregation of seeds of one's own")
+        scaled = [part * weighing(part, weights, self._settings)[:, None, None] for part in parts]
         own = np.concatenate([c.seeds for c in contributions], axis=1)
-        # [clients, K, C P]: the first scalars of all clients, then their second ones.
-        parts = np.split(scaled, spec.scalars, axis=2)
-        return own, np.concatenate([row for part in parts for row in part], axis=1).astype(np.float32)
+        return own, np.concatenate([row for part in scaled for row in part], axis=1).astype(np.float32)
 
     def _gradients(self, contributions: Sequence[Contribution]) -> Scalars | None:
         """The aggregate [K, F] float32 of the contributions' gradients, entry by entry; None: there are none."""
         found = [c.gradients.astype(np.float64) for c in contributions if c.gradients is not None]
         if not found:
             return None
-        return self._aggregate(np.stack(found), _weights(contributions), self.spec.trim).astype(np.float32)
+        return self._aggregate(np.stack(found), _weights(contributions), self._settings).astype(np.float32)
 
 
 def _weights(contributions: Sequence[Contribution]) -> npt.NDArray[np.float64]:

@@ -45,7 +45,7 @@ class RunSpec:
         seed, seeds, pool_size: the run's seed and the seed schedule.
         clients, clients_per_round, client_rate: registered clients, and how many a round asks: a count (0: all), or
             each with a probability (when above 0).
-        aggregation, trim, quorum, scalar_bound: how a round's contributions become records.
+        aggregation, trim, norm_bound, quorum, scalar_bound: how a round's contributions become records.
         digest_every: rounds between recorded digests of theta (the last round always has one).
         experiment: SHA-256 over the configuration of task, data and model preparation.
         clip: magnitude to which a client cuts its scalars (0: it does not).
@@ -91,6 +91,7 @@ class RunSpec:
     structure: str = "isotropic"
     settings: Mapping[str, Value] = field(default_factory=dict)
     privacy: Mapping[str, Value] = field(default_factory=dict)
+    norm_bound: float = 0.0
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, shortest float that reads back the same."""

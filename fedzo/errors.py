@@ -4,6 +4,12 @@ A message names the thing, the value found, the value wanted and what to do; it 
 """
 
 
+def shown(value: object, length: int = 80) -> str:
+    """A value that another party chose, as messages and logs may show it: ASCII on one line, escaped, cut."""
+    text = ascii(value[:length] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 class FedzoError(Exception):
     """Base of all errors that fedzo raises on purpose."""
 

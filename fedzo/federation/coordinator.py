@@ -3,14 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.errors import LedgerError, ProtocolError
-from fedzo.federation.aggregation import AGGREGATORS, WEIGHINGS, Settings
+from fedzo.errors import LedgerError, ProtocolError, shown
+from fedzo.federation.aggregation import AGGREGATORS
 from fedzo.federation.amplitudes import Amplitudes
 from fedzo.federation.ledger import NO_DIGEST, Ledger, LedgerRound
 from fedzo.federation.messages import (
@@ -22,7 +22,7 @@ from fedzo.federation.messages import (
     Hello,
     Plan,
     RoundRecords,
-    decode,
+    decode_answer,
     max_contribution_bytes,
 )
 from fedzo.federation.randomness import derive, pool_seeds, round_seeds, sample_clients
@@ -106,6 +106,7 @@ class _Open:
     held: set[int] = field(default_factory=set)
     total: tuple[tuple[int, ...], Ints] | None = None
     contributions: dict[int, Contribution] = field(default_factory=dict)
+    starts: dict[int, int] = field(default_factory=dict)  # where the catch-up of a client's last plan starts
     answered: set[int] = field(default_factory=set)
     rewound: Counter[int] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -128,15 +129,18 @@ class Coordinator:
     def __init__(self, ledger: Ledger, replica: Replica) -> None:
         self.ledger, self.replica, self.spec = ledger, replica, ledger.spec
         self._aggregate = lookup(AGGREGATORS, self.spec.aggregation, "aggregation")
-        self._settings = Settings(self.spec.trim, self.spec.norm_bound)
         self._pool = pool_seeds(self.spec.seed, self.spec.pool_size) if self.spec.seeds in POOLS else None
         weighted = self._pool if self.spec.seeds == "weighted-pool" else None
         self._amplitudes = None if weighted is None else Amplitudes(weighted)
         self._entries = sum(length for _, length in replica.rule.ranges)  # F, of a gradient
         self.members: dict[int, Member] = {}
         self._open: _Open | None = None
+        # Of this round: catch-ups by where they start, the records and the snapshot that they are made of.
         self._tails: dict[int, CatchUp] = {}
-        self._greeted: dict[int, Hello] = {}  # not yet recorded in the ledger
+        self._records: dict[int, RoundRecords] = {}
+        self._snapshot = b""
+        self._fruitless = Counter[int]()  # times running that a client was asked and gave nothing that was taken
+        self._greeted: dict[int, dict[str, Any]] = {}  # not yet recorded in the ledger
         self._artifact_bytes = 0
         self._terms, self._sanitiser = self.spec.terms, self.spec.sanitiser
         self._spent: set[int] = set()  # clients that say that their budget is spent
@@ -187,8 +191,14 @@ class Coordinator:
         """Registers a client. What may differ (its base's quantisation and compute dtype) is recorded in the ledger.
 
         Raises:
-            ProtocolError: a field differs that must be equal; the message names it.
+            ProtocolError: a field differs that must be equal, or is of another type; the message names it.
         """
+        for stated in fields(hello):
+            if type(getattr(hello, stated.name)) is not stated.type:
+                raise ProtocolError(
+                    f"a hello refused: its {stated.name} is {shown(getattr(hello, stated.name))}, wanted one of type "
+                    f"{getattr(stated.type, '__name__', stated.type)}"
+                )
         for name, wanted in (
             ("protocol", PROTOCOL),
             ("fingerprint", self.spec.fingerprint),
@@ -200,7 +210,7 @@ class Coordinator:
             found = getattr(hello, name)
             if found != wanted:
                 raise ProtocolError(
-                    f"client {hello.client} refused: its {name} is {found!r}, the run's is {wanted!r}"
+                    f"client {hello.client} refused: its {name} is {shown(found)}, the run's is {wanted!r}"
                     + self._hint(hello)
                 )
         if not 0 <= hello.client < self.spec.clients:
@@ -215,21 +225,24 @@ class Coordinator:
             )
         for name in ("quantisation", "compute_dtype"):
             found = getattr(hello, name)
-            if not isinstance(found, str) or not re.fullmatch(r"[a-z0-9-]{1,16}", found):
-                raise ProtocolError(f"client {hello.client} refused: its {name} is {str(found)[:32]!r}, wanted a name")
+            if not re.fullmatch(r"[a-z0-9-]{1,16}", found):
+                raise ProtocolError(f"client {hello.client} refused: its {name} is {shown(found)}, wanted a name")
         differs = hello.theta0 != self.spec.theta0
         if differs and not self.spec.initial:
             raise ProtocolError(
-                f"client {hello.client} refused: its theta0 is {hello.theta0!r}, the run's is {self.spec.theta0!r}"
+                f"client {hello.client} refused: its theta0 is {shown(hello.theta0)}, the run's is {self.spec.theta0!r}"
             )
         self.members[hello.client] = Member(hello.examples, needs_initial=differs)
-        self._greeted[hello.client] = hello
+        self._greeted[hello.client] = {
+            name: getattr(hello, name) for name in ("quantisation", "compute_dtype", "examples")
+        }
 
     def _hint(self, hello: Hello) -> str:
         if self.spec.space not in ("scales", "codes") or hello.space_hash == self.spec.space_hash:
             return ""
         return (
-            f"; {self.spec.space} are of one quantised base, and this client's is {hello.quantisation}: load the run's"
+            f"; {self.spec.space} are of one quantised base, and this client's is {shown(hello.quantisation)}: "
+            "load the run's"
         )
 
     def sent_artifact(self, size: int) -> None:
@@ -242,12 +255,7 @@ class Coordinator:
         if self.finished:
             raise ProtocolError(f"the run has all its {spec.rounds} rounds")
         if self._greeted:
-            self.ledger.record_members(
-                {
-                    client: {"quantisation": h.quantisation, "compute_dtype": h.compute_dtype, "examples": h.examples}
-                    for client, h in self._greeted.items()
-                }
-            )
+            self.ledger.record_members(self._greeted)
             self._greeted = {}
         picked = self._sample(round_)
         if self._terms is not None and self._sanitiser is not None:
@@ -269,8 +277,9 @@ class Coordinator:
         sent, self._artifact_bytes = self._artifact_bytes, 0
         shared = assign_all(round_seeds(spec.seed, "shared", round_, 0, shape))
         self._open = _Open(round_, seeds, shared, bytes_down=sent, artifact_bytes=sent)
-        self._tails = {}
-        return [self._plan(client) for client in seeds]
+        self._tails, self._records, self._snapshot = {}, {}, b""
+        # Who gave nothing for two rounds may be gone, and is sent what it missed when it says so (`Behind`).
+        return [self._plan(c, round_ if self._fruitless[c] > 1 else self.members[c].applied) for c in seeds]
 
     def _sample(self, round_: int) -> list[int]:
         """The clients of a round."""
@@ -288,17 +297,19 @@ class Coordinator:
         picked = [client for client in drawn.tolist() if client in self.members and self._affords(client)]
         return picked[: spec.clients_per_round] if spec.clients_per_round else picked
 
-    def _plan(self, client: int) -> Plan:
+    def _plan(self, client: int, start: int) -> Plan:
+        """A client's plan, with what it missed from `start` rounds on."""
         assert self._open is not None
         spec, member, round_ = self.spec, self.members[client], self._open.round
         digest = self.replica.digest() if round_ == 0 or spec.has_digest(round_ - 1) else NO_DIGEST
-        catch_up = self._catch_up(member.applied)
-        initial = self.ledger.artifact(spec.initial) if member.needs_initial and member.applied == 0 else b""
+        catch_up = self._catch_up(start)
+        initial = self.ledger.artifact(spec.initial) if member.needs_initial and start == 0 else b""
         plan = Plan(
             spec.run_id, round_, client, self._open.seeds[client], spec.eps, spec.batch_size, digest, catch_up, initial,
             self._clip,
         )  # fmt: skip
-        self._open.bytes_down += len(plan.to_bytes())
+        self._open.starts[client] = start
+        self._open.bytes_down += plan.nbytes
         self._open.artifact_bytes += sum(4 * r.gradients.size for r in catch_up.records if r.gradients is not None)
         return plan
 
@@ -311,11 +322,13 @@ class Coordinator:
             elif self._sizes[now] - self._sizes[applied] > self.replica.rule.snapshot_bytes(
                 self.replica.theta, self.replica.state
             ):
-                state = self.replica.rule.snapshot(self.replica.theta, self.replica.state)
-                caught = CatchUp("snapshot", applied, now, snapshot=state)
+                self._snapshot = self._snapshot or self.replica.rule.snapshot(self.replica.theta, self.replica.state)
+                caught = CatchUp("snapshot", applied, now, snapshot=self._snapshot)
             else:
-                tail = tuple(map(_sent, self.ledger.read(applied)))
-                caught = CatchUp("records", applied, now, tail)
+                first = min(self._records, default=now)
+                missing = self.ledger.read(applied, None if first == now else first) if applied < first else ()
+                self._records |= {entry.round: _sent(entry) for entry in missing}
+                caught = CatchUp("records", applied, now, tuple(self._records[r] for r in range(applied, now)))
             self._tails[applied] = caught
         return self._tails[applied]
 
@@ -339,21 +352,21 @@ class Coordinator:
             counts = None if self._sanitiser is None else self._sanitiser.counts
             if len(data) > max_contribution_bytes(spec.local_steps, spec.queries, spec.scalars, self._entries, counts):
                 raise ProtocolError("longer than any right message")
-            message = decode(data)
+            message = decode_answer(data)
         except ProtocolError:
             reason = "malformed"
         else:
             if isinstance(message, Behind) and self._fault(client, message) is None:
-                member = self.members[client]
                 # The second new plan of a round starts at theta0, so that any process of the client can use it, and is
-                # the last: a client that asks again and again would have the whole history sent each time.
-                if message.applied < member.applied and current.rewound[client] < 2:
-                    member.applied = 0 if current.rewound[client] else message.applied
+                # the last: a client that asks again and again would have the whole history sent each time. One that
+                # gives nothing for it is heard ever more rarely: the 1st, 2nd, 4th, 8th time running.
+                tries = self._fruitless[client]
+                patient = tries & (tries - 1) == 0 and current.rewound[client] < 2
+                if patient and message.applied < current.starts[client]:
+                    start = self.members[client].applied = 0 if current.rewound[client] else message.applied
                     current.rewound[client] += 1
-                    return self._plan(client)
+                    return self._plan(client, start)
                 reason = "behind"
-            elif isinstance(message, Plan):
-                reason = "malformed"
             else:
                 reason = self._fault(client, message)
                 if reason is None and isinstance(message, Failure):
@@ -417,7 +430,7 @@ class Coordinator:
         assert current is not None
         if message.run_id != self.spec.run_id:
             return "wrong-run"
-        if client not in current.seeds or message.client != client:
+        if client not in current.seeds or client not in self.members or message.client != client:
             return "not-asked"
         if message.round != current.round:
             return "late"
@@ -463,6 +476,8 @@ class Coordinator:
             raise ProtocolError("no round is open")
         for client in current.seeds:
             self.lost(client)
+            taken = client in current.contributions or client in current.held
+            self._fruitless[client] = 0 if taken else self._fruitless[client] + 1
         entry = self._entry(current)
         self.replica.apply([entry.records()])
         if spec.has_digest(current.round):
@@ -535,22 +550,23 @@ class Coordinator:
             return self._nothing()
         weights = _weights(contributions)
         stacked = np.stack([c.scalars.astype(np.float64) for c in contributions])
-        # [clients, K, P] each: the first scalars of all clients, then their second ones, of another scale.
-        parts = np.split(stacked, spec.scalars, axis=2)
         if spec.seeds == "shared":
-            combined = [self._aggregate(part, weights, self._settings) for part in parts]
-            return contributions[0].seeds, np.concatenate(combined, axis=1).astype(np.float32)
-        weighing = lookup(WEIGHINGS, spec.aggregation, "aggregation of seeds of one's own")
-        scaled = [part * weighing(part, weights, self._settings)[:, None, None] for part in parts]
+            combined = self._aggregate(stacked, weights, spec.trim)
+            return contributions[0].seeds, combined.astype(np.float32)
+        if spec.aggregation == "uniform":
+            weights = np.full(len(contributions), 1.0 / len(contributions))
+        scaled = stacked * weights[:, None, None]
         own = np.concatenate([c.seeds for c in contributions], axis=1)
-        return own, np.concatenate([row for part in scaled for row in part], axis=1).astype(np.float32)
+        # [clients, K, C P]: the first scalars of all clients, then their second ones.
+        parts = np.split(scaled, spec.scalars, axis=2)
+        return own, np.concatenate([row for part in parts for row in part], axis=1).astype(np.float32)
 
     def _gradients(self, contributions: Sequence[Contribution]) -> Scalars | None:
         """The aggregate [K, F] float32 of the contributions' gradients, entry by entry; None: there are none."""
         found = [c.gradients.astype(np.float64) for c in contributions if c.gradients is not None]
         if not found:
             return None
-        return self._aggregate(np.stack(found), _weights(contributions), self._settings).astype(np.float32)
+        return self._aggregate(np.stack(found), _weights(contributions), self.spec.trim).astype(np.float32)
 
 
 def _weights(contributions: Sequence[Contribution]) -> npt.NDArray[np.float64]:

@@ -67,6 +67,10 @@ class RoundRecords:
     gradients: Scalars | None = None
 
     def to_bytes(self) -> bytes:
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> bytes:  # kept, for it is part of many clients' plans
         steps, width = self.seeds.shape
         mark, scalars = 0 if self.gradients is None else _WITH_GRADIENTS, self.scalars.shape[1] // max(1, width)
         return _ROUND.pack(steps, width | mark, scalars) + _pack(self.seeds, self.scalars, self.gradients)
@@ -93,6 +97,10 @@ class CatchUp:
     stop: int
     records: tuple[RoundRecords, ...] = ()
     snapshot: bytes = b""
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(r.nbytes for r in self.records) if self.kind == "records" else len(self.snapshot)
 
 
 @dataclass(frozen=True)
@@ -124,20 +132,21 @@ class Plan:
     clip: float = 0.0
 
     def to_bytes(self) -> bytes:
-        return self._bytes
-
-    @cached_property
-    def _bytes(self) -> bytes:
         steps, queries = self.seeds.shape
         caught = self.catch_up
-        body = b"".join(r.to_bytes() for r in caught.records) if caught.kind == "records" else caught.snapshot
+        body = [r.to_bytes() for r in caught.records] if caught.kind == "records" else [caught.snapshot]
         kind = _CATCH_UP.index(caught.kind)
         fixed = _PLAN.pack(
-            steps, queries, self.eps, self.clip, self.batch_size, self.digest, kind, caught.start, len(body),
+            steps, queries, self.eps, self.clip, self.batch_size, self.digest, kind, caught.start, caught.nbytes,
             len(self.initial),
         )  # fmt: skip
         head = _HEAD.pack(b"fz", PROTOCOL, _KIND_PLAN, self.run_id, self.round, self.client)
-        return head + fixed + self.seeds.astype("<u8").tobytes() + body + self.initial
+        return b"".join((head, fixed, self.seeds.astype("<u8").tobytes(), *body, self.initial))
+
+    @property
+    def nbytes(self) -> int:
+        """Length of `to_bytes`, which it does not make: a round has a plan for each of many clients."""
+        return _HEAD.size + _PLAN.size + 8 * self.seeds.size + self.catch_up.nbytes + len(self.initial)
 
 
 @dataclass(frozen=True)
@@ -223,7 +232,8 @@ class Failure:
         return head + struct.pack("<B", _REASONS.index(self.reason))
 
 
-Message = Plan | Contribution | Held | Behind | Failure
+Answer = Contribution | Held | Behind | Failure
+Message = Plan | Answer
 
 
 def _pack(seeds: Seeds, scalars: Scalars, gradients: Scalars | None) -> bytes:
@@ -311,6 +321,19 @@ def decode(data: bytes) -> Message:
     except struct.error as error:
         raise ProtocolError(f"message of {len(view)} bytes ends too early") from error
     raise ProtocolError(f"unknown kind of message {kind}")
+
+
+def decode_answer(data: bytes) -> Answer:
+    """A worker's answer from its bytes.
+
+    Raises:
+        ProtocolError: as `decode`; and a plan, which is refused by its head: of few bytes it may make many records.
+    """
+    if data[:2] == b"fz" and data[3:4] == bytes([_KIND_PLAN]):
+        raise ProtocolError("a plan, wanted an answer to one")
+    message = decode(data)
+    assert not isinstance(message, Plan)
+    return message
 
 
 def _entries(data: memoryview, stated: bool) -> tuple[int | None, memoryview]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedzo.errors import DivergedError, ProtocolError
 from fedzo.estimators import Estimate, Estimator, Query
 from fedzo.evaluation import Batch, GradientRequest, Request
-from fedzo.federation.messages import Behind, Contribution, Failure, FailureReason, Held, Hello, Plan
+from fedzo.federation.messages import Answer, Behind, Contribution, Failure, FailureReason, Held, Hello, Plan
 from fedzo.federation.randomness import choose, derive
 from fedzo.federation.replica import Replica
 from fedzo.federation.spec import PROTOCOL
@@ -23,8 +23,6 @@ from fedzo.privacy.mechanisms import Floats, Ints
 from fedzo.privacy.sanitiser import Sanitiser
 
 _log = logging.getLogger("fedzo.client")
-
-Answer = Contribution | Held | Behind | Failure
 
 
 class Data(Protocol):

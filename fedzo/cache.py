@@ -1,4 +1,4 @@
-"""What this machine keeps beside the runs: artifacts that a run's server sent, and its clients' privacy budgets."""
+"""What this machine keeps beside the runs: artifacts that a run's server sent, and its clients' budgets and theta."""
 
 import hashlib
 import os
@@ -17,9 +17,9 @@ def cache_directory() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "fedzo"
 
 
-def budget_directory() -> Path:
-    """Where this machine's clients keep their privacy budgets: $FEDZO_STATE, else fedzo in $XDG_STATE_HOME, else
-    ~/.local/state/fedzo."""
+def state_directory() -> Path:
+    """Where this machine's clients keep, by run, their privacy budgets and theta: $FEDZO_STATE, else fedzo in
+    $XDG_STATE_HOME, else ~/.local/state/fedzo."""
     if own := os.environ.get("FEDZO_STATE"):
         return Path(own).expanduser()
     shared = os.environ.get("XDG_STATE_HOME")

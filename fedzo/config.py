@@ -145,7 +145,10 @@ class DataSection(Section):
         description="k, training examples a class (in all, without fixed classes), as many to select on; 0: all data",
     )
     clients: int = Field(default=10, ge=1, description="number of clients")
-    partition: str = Field(default="dirichlet", description="how clients' data differ: iid, dirichlet, natural, ...")
+    partition: str = Field(
+        default="dirichlet",
+        description="how clients' data differ: iid, dirichlet, natural, ...; own: each node has its own",
+    )
     alpha: float = Field(
         default=0.5, gt=0, description="concentration of the Dirichlet partition: smaller is more skewed"
     )
@@ -288,6 +291,12 @@ class RuntimeSection(Section):
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: torch's choice")
     evaluation: Literal["auto", "paired", "sequential"] = Field(
         default="auto", description="the halves of a query in one batch, or one after the other; auto: the faster"
+    )
+    start_clients: int = Field(
+        default=0, ge=0, description="clients that must be there before the first round, with Flower; 0: all"
+    )
+    join_timeout: float = Field(
+        default=60.0, gt=0, description="seconds without a new node after which Flower's server waits for no more"
     )
     round_timeout: float = Field(default=600.0, gt=0, description="seconds that a Flower round waits for its clients")
 
@@ -544,6 +553,12 @@ class Config(Section):
     def on_base(self, quantisation: Quantisation) -> "Config":
         """With another quantisation of the base."""
         return self.model_copy(update={"model": self.model.model_copy(update={"quantisation": quantisation})})
+
+    def on_machine(self, source: str = "", device: str = "") -> "Config":
+        """With another place of the base model, and another device, where they are given."""
+        model = self.model.model_copy(update={"source": source or self.model.source})
+        runtime = self.runtime.model_copy(update={"device": device or self.runtime.device})
+        return self.model_copy(update={"model": model, "runtime": runtime})
 
     def with_learning_rate(self, rate: float) -> "Config":
         """With another learning rate."""

@@ -1,16 +1,20 @@
 """Runs a run: the round loop over any transport, and the transport within one process."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from statistics import median
+from typing import Any, Protocol
 
 import numpy as np
 
+from fedzo import __version__
 from fedzo.config import Config
 from fedzo.divergence import Watch, diverged
 from fedzo.errors import DivergedError, LedgerError, RunError
 from fedzo.evaluation import Evaluator
+from fedzo.events import Events, recorded
 from fedzo.experiment import Experiment, check_terms
 from fedzo.federation.coordinator import Coordinator, RoundSummary
 from fedzo.federation.ledger import Ledger
@@ -38,16 +42,41 @@ class Transport:
     Attributes:
         exchange: plans for answers.
         add: the secure sum of what clients hold; None: the transport has none.
+        ready: called before every round; admits and dismisses clients, and returns when there are enough.
+        farewell: called once, when no more rounds will come, however that happened.
     """
 
     exchange: Exchange
     add: Add | None = None
+    ready: Callable[[], None] = lambda: None
+    farewell: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class TimedRound(RoundSummary):
+    """A round as it was just played; the ledger does not keep what is added here.
+
+    Attributes:
+        replies: messages that came back.
+        seconds: from the first plan made to the commit.
+        latency_median, latency_max: seconds between the plans' leaving and a reply's coming, None when none came. In
+            one process, where clients work one after the other, that is the time until their turn has passed.
+    """
+
+    replies: int = 0
+    seconds: float = 0.0
+    latency_median: float | None = None
+    latency_max: float | None = None
+
+    def kept(self, secret: bool) -> dict[str, Any]:
+        hidden = ("replies", "seconds", "latency_median", "latency_max") if secret else ()
+        return {name: None if name in hidden else value for name, value in super().kept(secret).items()}
 
 
 class Observer(Protocol):
     """Is told what happened, after it is committed."""
 
-    def round(self, summary: RoundSummary) -> None: ...
+    def round(self, summary: TimedRound) -> None: ...
 
     def evaluation(self, rounds: int, split: str, metrics: dict[str, float]) -> None: ...
 
@@ -115,23 +144,62 @@ def in_process(experiment: Experiment, coordinator: Coordinator, bases: Bases | 
     return Transport(exchange, add)
 
 
-def play_round(coordinator: Coordinator, transport: Transport) -> RoundSummary:
+def play_round(coordinator: Coordinator, transport: Transport) -> TimedRound:
     """One round: plans out, answers in, their secure sum where it is one, commit.
 
     Raises:
         RunError: the run needs a secure sum and the transport has none.
     """
+    began, latencies = time.perf_counter(), list[float]()
     plans = coordinator.open_round()
     while plans:
-        parcels = [(plan.client, plan.to_bytes()) for plan in plans]
-        replies = [coordinator.receive(client, data) for client, data in transport.exchange(parcels)]
-        plans = [plan for plan in replies if plan is not None]
+        parcels, plans = [(plan.client, plan.to_bytes()) for plan in plans], []
+        left = time.perf_counter()
+        for client, data in transport.exchange(parcels):
+            latencies.append(time.perf_counter() - left)
+            if (again := coordinator.receive(client, data)) is not None:
+                plans.append(again)
     if holders := coordinator.holders:
         if transport.add is None:
             raise RunError('privacy.mode = "client-secagg" needs a transport with secure sums, which this one has not')
         if len(holders) >= max(coordinator.threshold, LEAST_CLIENTS):
             coordinator.receive_total(transport.add(holders, coordinator.threshold))
-    return coordinator.close_round()
+    summary = coordinator.close_round()
+    return TimedRound(
+        **vars(summary), replies=len(latencies), seconds=time.perf_counter() - began,
+        latency_median=median(latencies) if latencies else None, latency_max=max(latencies, default=None),
+    )  # fmt: skip
+
+
+class _Told:
+    """Tells rounds and evaluations as events."""
+
+    def __init__(self, ledger: Ledger, events: Events) -> None:
+        self._events, self._secret = events, ledger.spec.terms is not None and ledger.spec.terms.secret
+
+    def round(self, summary: TimedRound) -> None:
+        fields = summary.kept(self._secret)
+        self._events.tell("round-committed", round_=fields.pop("round"), **fields)
+
+    def evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:
+        self._events.tell("evaluation", rounds=rounds, split=split, metrics=dict(metrics))
+
+
+@contextmanager
+def _told(ledger: Ledger, begun: bool) -> Iterator[_Told]:
+    """Tells begin and end of a run, or of its going on, as events."""
+    events, spec = Events(ledger), ledger.spec
+    events.tell("run-resumed" if begun else "run-started", rounds=spec.rounds, clients=spec.clients, fedzo=__version__)
+    try:
+        yield _Told(ledger, events)
+    except BaseException as error:
+        with suppress(RunError):  # a full disk: the first error is the one to tell
+            events.failed(error)
+        raise
+    if ledger.ended:
+        events.tell("run-ended", reason=ledger.ended)
+    else:
+        events.tell("run-finished", ledger_hash=ledger.head.hex())
 
 
 def run_rounds(
@@ -170,18 +238,22 @@ def run_rounds(
     if ledger.rounds == 0 or (every and ledger.rounds % every == 0):
         evaluate("validation")
     look()
-    transport = None if coordinator.finished else connect()
-    while transport is not None and not coordinator.finished:
-        try:
-            summary = play_round(coordinator, transport)
-        except DivergedError as error:
-            raise diverged(ledger, str(error)) from None
-        for observer in observers:
-            observer.round(summary)
-        watch.round(summary.kept(ledger.spec.terms is not None and ledger.spec.terms.secret))
-        if every and ledger.rounds % every == 0:
-            evaluate("validation")
-        look()
+    with ExitStack() as stack:
+        if not coordinator.finished:
+            transport = connect()
+            stack.callback(transport.farewell)
+        while not coordinator.finished:
+            transport.ready()
+            try:
+                summary = play_round(coordinator, transport)
+            except DivergedError as error:
+                raise diverged(ledger, str(error)) from None
+            for observer in observers:
+                observer.round(summary)
+            watch.round(summary.kept(ledger.spec.terms is not None and ledger.spec.terms.secret))
+            if every and ledger.rounds % every == 0:
+                evaluate("validation")
+            look()
     if coordinator.ended:
         ledger.record_end(coordinator.ended)
     evaluate("validation")
@@ -233,12 +305,15 @@ def run(
 ) -> Ledger:
     """Starts or goes on with the run of a folder until its last round; returns its ledger, open."""
     with folder.locked():
-        ledger = Ledger(folder.ledger, write=True) if folder.ledger.exists() else start(folder, experiment)
+        begun = folder.ledger.exists()
+        ledger = Ledger(folder.ledger, write=True) if begun else start(folder, experiment)
         try:
-            check_same(ledger, experiment)
-            coordinator = Coordinator(ledger, experiment.replica(ledger.spec))
-            with closing(MetricsLog(folder, ledger)) as log:
-                run_rounds(experiment, coordinator, lambda: connect(experiment, coordinator), [log, *observers])
+            with recorded(folder.event_log), _told(ledger, begun) as told:
+                check_same(ledger, experiment)
+                coordinator = Coordinator(ledger, experiment.replica(ledger.spec))
+                with closing(MetricsLog(folder, ledger)) as log:
+                    observed: list[Observer] = [log, told, *observers]
+                    run_rounds(experiment, coordinator, lambda: connect(experiment, coordinator), observed)
         except BaseException:
             ledger.close()
             raise

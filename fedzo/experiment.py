@@ -40,7 +40,19 @@ from fedzo.spaces.space import shape_of
 from fedzo.spaces.sparse import DRAWN
 from fedzo.step_size import LEAST_EXAMPLES, MOST_EXAMPLES, Probe, Steps, StepSize, pick, probe
 from fedzo.structures import Layout
-from fedzo.tasks import EncodedDataset, Example, Reading, Splits, Task, build_task, load_splits, metrics, partition
+from fedzo.tasks import (
+    OWN,
+    EncodedDataset,
+    Example,
+    Reading,
+    Splits,
+    Task,
+    build_task,
+    load_file,
+    load_splits,
+    metrics,
+    partition,
+)
 
 
 def choose_device(name: str) -> str:
@@ -198,6 +210,7 @@ class Experiment:
             self.loaded.model, self.space, config.runtime.evaluation, COMPUTE_DTYPES[config.model.compute_dtype]
         )  # fmt: skip
         self._clients: dict[int, EncodedDataset] = {}
+        self._given: dict[int, Path] = {}  # clients' own files
         self._weights = self.space.bound(self.loaded.model) if config.space.theta_dtype == "bfloat16" else None
         self._terms: tuple[Config, Terms] | None = None
         self._moved = False
@@ -208,7 +221,9 @@ class Experiment:
         if quantisation == self.config.model.quantisation:
             return self
         other = Experiment(self.config.on_base(quantisation), self.mask)
-        other.splits, other._train, other._parts = self.splits, self._train, self._parts
+        other._given = self._given
+        if self.config.data.partition != OWN:
+            other.splits, other._train, other._parts = self.splits, self._train, self._parts
         if self._frozen_encoder is None:
             other._clients = self._clients
         return other
@@ -281,7 +296,8 @@ class Experiment:
         """Examples to train on, to select on and to report on."""
         section = self.config.data
         return load_splits(
-            section.source, self.task.spec, train=section.train, validation=section.validation, test=section.test,
+            section.source, self.task.spec, train="" if section.partition == OWN else section.train,
+            validation=section.validation, test=section.test,
             validation_fraction=section.validation_fraction, seed=self.config.seed, limit=section.limit,
             validation_limit=self.config.evaluation.limit, shots=section.shots,
         )  # fmt: skip
@@ -323,15 +339,34 @@ class Experiment:
                 features[torch.from_numpy(chosen)] = encoder.features(**data.batch(chosen).to(device).inputs).cpu()
         return data.with_features(features)
 
+    def give(self, number: int, path: Path) -> None:
+        """Has a client train on all examples of a file of its own, instead of its part of the run's data."""
+        if self._given.get(number) != path:
+            self._given[number] = path
+            self._clients.pop(number, None)
+
     def client_data(self, number: int) -> EncodedDataset:
-        """The examples of a client, tokenised once."""
+        """The examples of a client, tokenised once.
+
+        Raises:
+            DataError: it has none, or they cannot be read.
+        """
         if number not in self._clients:
-            if not 0 <= number < len(self._parts):
-                raise DataError(
-                    f"client {number} has no data: the partition has the clients 0 to {len(self._parts) - 1}"
-                )
-            self._clients[number] = self._encode([self._train[i] for i in self._parts[number]])
+            self._clients[number] = self._encode(self._examples(number))
         return self._clients[number]
+
+    def _examples(self, number: int) -> list[Example]:
+        section = self.config.data
+        if not 0 <= number < section.clients:
+            raise DataError(f"client {number} has no data: the run has the clients 0 to {section.clients - 1}")
+        if number in self._given:
+            return self.task.prepare(load_file(self._given[number], self.task.spec), section.column)
+        if section.partition == OWN:
+            raise DataError(
+                f'client {number} has no data: with data.partition = "{OWN}" its node names its own file, with '
+                "--node-config 'data=\"FILE\"'; in one process choose another partition"
+            )
+        return [self._train[i] for i in self._parts[number]]
 
     @cached_property
     def validation(self) -> EncodedDataset:
@@ -408,7 +443,9 @@ class Experiment:
     @property
     def _steps(self) -> Steps:
         method, federation = self.config.method, self.config.federation
-        asked = federation.clients_per_round or max(1, round(len(self._parts) * (federation.client_rate or 1.0)))
+        asked = federation.clients_per_round or max(
+            1, round(self.config.data.clients * (federation.client_rate or 1.0))
+        )
         together, apart = (asked, 1) if federation.seeds == "shared" else (1, asked)
         total = federation.rounds * federation.local_steps
         shares = map(Schedule(method.schedule, 1.0, total, method.warmup_steps), range(total))
@@ -427,7 +464,9 @@ class Experiment:
         if self.terms is None:
             return 0.0
         width = ESTIMATORS[method.estimator].scalars * method.queries
-        return Sanitiser(self.terms, federation.local_steps, width, method.batch_size, len(self._parts)).error ** 2
+        return (
+            Sanitiser(self.terms, federation.local_steps, width, method.batch_size, self.config.data.clients).error ** 2
+        )
 
     def spec(self, learning_rate: float | None = None) -> RunSpec:
         """The header of this experiment's ledger.
@@ -468,7 +507,7 @@ class Experiment:
             seed=config.seed,
             seeds=federation.seeds,
             pool_size=federation.pool_size,
-            clients=len(self._parts),
+            clients=config.data.clients,
             clients_per_round=federation.clients_per_round,
             client_rate=federation.client_rate,
             aggregation=federation.aggregation,
@@ -500,7 +539,8 @@ class Experiment:
             return None
         if self._terms is None or self._terms[0] is not config:
             scalars = ESTIMATORS[config.method.estimator].scalars
-            self._terms = config, make_terms(config, [len(part) for part in self._parts], scalars)
+            sizes = [] if config.data.partition == OWN else [len(part) for part in self._parts]
+            self._terms = config, make_terms(config, sizes, scalars)
         return self._terms[1]
 
     def _account(self, number: int, spec: RunSpec, folder: Path | None) -> Account | None:

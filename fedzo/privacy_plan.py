@@ -23,7 +23,7 @@ def make_terms(config: Config, sizes: Sequence[int], scalars: int) -> Terms:
     planned is within epsilon and delta after all rounds.
 
     Args:
-        sizes: examples of each client.
+        sizes: examples of each client; none: the server does not know.
         scalars: C, of a query.
 
     Raises:
@@ -36,14 +36,19 @@ def make_terms(config: Config, sizes: Sequence[int], scalars: int) -> Terms:
     rate, asked, units = 1.0, 0, 0
     releases = federation.rounds
     if mode == "example-local":
-        largest = max(sizes)
+        if not sizes and not privacy.sampling_rate:
+            raise ConfigError(
+                f"the noise of {mode} follows from the share of a client's examples that a step draws, and the server "
+                "does not know how many they are: set privacy.sampling_rate to the largest share, batch_size over the "
+                "fewest examples of a client"
+            )
+        largest = max(sizes, default=math.ceil(method.batch_size / privacy.sampling_rate) if not sizes else 0)
         if privacy.delta > 1.0 / largest:
             raise ConfigError(
                 f"privacy.delta is {privacy.delta:g}, above 1 / {largest} examples of a client: it would allow one of "
                 f"them to be published whole; set it well below {1.0 / largest:g}"
             )
-        least = min(size for size in sizes if size)
-        rate = privacy.sampling_rate or min(1.0, method.batch_size / least)
+        rate = privacy.sampling_rate or min(1.0, method.batch_size / min(size for size in sizes if size))
         sampling, units, releases = privacy.sampling, round(method.batch_size / rate), releases * federation.local_steps
     elif mode == "client-central":
         asked, units = federation.clients_per_round, config.data.clients

@@ -32,6 +32,7 @@ from grids import ProcessGrid  # noqa: E402
 
 from clients import app as client_side  # noqa: E402
 from server import app as server_side  # noqa: E402
+from server import nodes  # noqa: E402
 
 TINY = {
     "data.clients": 3, "data.limit": 60, "data.test": "", "evaluation.limit": 16, "evaluation.every": 0,
@@ -217,10 +218,9 @@ def test_a_client_that_cannot_start_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert "secret" not in printed.out
 
 
-def test_too_few_nodes_names_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_side, "PATIENCE", 0.1)
+def test_too_few_nodes_names_the_flag(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"2 nodes are there, the run has 3 clients.*num-supernodes=3"):
-        serve(tiny(), tmp_path / "run", (0, 1))
+        serve(tiny(runtime__join_timeout=0.1), tmp_path / "run", (0, 1))
     assert not (tmp_path / "run").exists()
 
 
@@ -231,8 +231,8 @@ SPARSE = {"space__kind": "sparse", "space__density": 0.02, "space__exclude": "*n
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache directory of clients that start anew."""
     monkeypatch.setenv("FEDZO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(server_side, "PART", 4096)
-    client_side._resident.cache_clear()
+    monkeypatch.setattr(nodes, "PART", 4096)
+    client_side._host.cache_clear()
     return tmp_path / "cache" / "artifacts"
 
 
@@ -244,7 +244,7 @@ def test_clients_fetch_the_mask_once(tmp_path: Path, cache: Path) -> None:
         local, mask = ledger.head, ledger.artifact(ledger.spec.mask)
     sizes = []
     for name in ("first", "again"):
-        client_side._resident.cache_clear()
+        client_side._host.cache_clear()
         serve(config, tmp_path / name)
         with Ledger(tmp_path / name / "ledger.sqlite") as ledger:
             assert ledger.head == local
@@ -257,7 +257,7 @@ def test_clients_fetch_the_mask_once(tmp_path: Path, cache: Path) -> None:
     # Three clients of one machine ask at once; the first to have the whole spares the others the last part.
     assert len(mask) <= sizes[0] <= 3 * len(mask)
     (cache / ledger.spec.mask).write_bytes(mask[:-1] + b"x")  # damaged: fetched anew
-    client_side._resident.cache_clear()
+    client_side._host.cache_clear()
     serve(config, tmp_path / "repaired")
     assert head_of(tmp_path / "repaired") == local and (cache / ledger.spec.mask).read_bytes() == mask
 
@@ -314,7 +314,7 @@ def test_a_client_whose_file_holds_another_mask_is_refused(
         """Client 0 has no such file, client 1 another, client 2 the run's."""
 
         def handle(self, message: Message) -> str:
-            client_side._resident.cache_clear()
+            client_side._host.cache_clear()
             partition = self.contexts[message.metadata.dst_node_id].node_config["partition-id"]
             path.unlink(missing_ok=True)
             if partition:

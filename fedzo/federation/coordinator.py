@@ -1,5 +1,6 @@
 """The server's side of the protocol: samples clients, checks what they answer, commits rounds. Knows no transport."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedzo.errors import LedgerError, ProtocolError, shown
-from fedzo.federation.aggregation import AGGREGATORS
+from fedzo.events import Events
+from fedzo.federation.aggregation import AGGREGATORS, WEIGHINGS, Settings
 from fedzo.federation.amplitudes import Amplitudes
 from fedzo.federation.ledger import NO_DIGEST, Ledger, LedgerRound
 from fedzo.federation.messages import (
@@ -128,7 +130,9 @@ class Coordinator:
 
     def __init__(self, ledger: Ledger, replica: Replica) -> None:
         self.ledger, self.replica, self.spec = ledger, replica, ledger.spec
+        self.events = Events(ledger)
         self._aggregate = lookup(AGGREGATORS, self.spec.aggregation, "aggregation")
+        self._settings = Settings(self.spec.trim, self.spec.norm_bound)
         self._pool = pool_seeds(self.spec.seed, self.spec.pool_size) if self.spec.seeds in POOLS else None
         weighted = self._pool if self.spec.seeds == "weighted-pool" else None
         self._amplitudes = None if weighted is None else Amplitudes(weighted)
@@ -232,10 +236,16 @@ class Coordinator:
             raise ProtocolError(
                 f"client {hello.client} refused: its theta0 is {shown(hello.theta0)}, the run's is {self.spec.theta0!r}"
             )
-        self.members[hello.client] = Member(hello.examples, needs_initial=differs)
+        known = isinstance(hello.applied, int) and 0 <= hello.applied <= self.ledger.rounds
+        self.members[hello.client] = Member(hello.examples, hello.applied if known else 0, needs_initial=differs)
         self._greeted[hello.client] = {
             name: getattr(hello, name) for name in ("quantisation", "compute_dtype", "examples")
         }
+        self.events.tell("client-admitted", logging.DEBUG, client=hello.client, quantisation=hello.quantisation)
+
+    def dismiss(self, client: int) -> None:
+        """Forgets a client that is gone, between two rounds: it is asked no more until it is admitted again."""
+        self.members.pop(client, None)
 
     def _hint(self, hello: Hello) -> str:
         if self.spec.space not in ("scales", "codes") or hello.space_hash == self.spec.space_hash:
@@ -256,6 +266,7 @@ class Coordinator:
             raise ProtocolError(f"the run has all its {spec.rounds} rounds")
         if self._greeted:
             self.ledger.record_members(self._greeted)
+            self.events.tell("clients-admitted", new=len(self._greeted), registered=len(self.members))
             self._greeted = {}
         picked = self._sample(round_)
         if self._terms is not None and self._sanitiser is not None:
@@ -275,6 +286,8 @@ class Coordinator:
             drawn_seeds = round_seeds(spec.seed, spec.seeds, round_, client, shape, self._pool, weights)
             seeds[client] = assign_all(drawn_seeds)
         sent, self._artifact_bytes = self._artifact_bytes, 0
+        if sent:
+            self.events.tell("artifact-sent", bytes=sent)
         shared = assign_all(round_seeds(spec.seed, "shared", round_, 0, shape))
         self._open = _Open(round_, seeds, shared, bytes_down=sent, artifact_bytes=sent)
         self._tails, self._records, self._snapshot = {}, {}, b""
@@ -303,6 +316,8 @@ class Coordinator:
         spec, member, round_ = self.spec, self.members[client], self._open.round
         digest = self.replica.digest() if round_ == 0 or spec.has_digest(round_ - 1) else NO_DIGEST
         catch_up = self._catch_up(start)
+        if catch_up.kind == "snapshot":
+            self.events.tell("snapshot-sent", client=client, bytes=len(catch_up.snapshot))
         initial = self.ledger.artifact(spec.initial) if member.needs_initial and start == 0 else b""
         plan = Plan(
             spec.run_id, round_, client, self._open.seeds[client], spec.eps, spec.batch_size, digest, catch_up, initial,
@@ -383,6 +398,7 @@ class Coordinator:
             self.members[client].applied = current.round
         else:
             current.dropped[reason] += 1
+            self.events.tell("drop", logging.DEBUG, client=client, reason=reason)
         if client in current.seeds and reason != "late":
             current.answered.add(client)
         return None
@@ -391,6 +407,7 @@ class Coordinator:
         """Counts a client whose answer did not come: the transport gave up on it."""
         if self._open is not None and client in self._open.seeds and client not in self._open.answered:
             self._open.dropped["no-reply"] += 1
+            self.events.tell("drop", logging.DEBUG, client=client, reason="no-reply")
             self._open.answered.add(client)
 
     @property
@@ -550,23 +567,22 @@ class Coordinator:
             return self._nothing()
         weights = _weights(contributions)
         stacked = np.stack([c.scalars.astype(np.float64) for c in contributions])
+        # [clients, K, P] each: the first scalars of all clients, then their second ones, of another scale.
+        parts = np.split(stacked, spec.scalars, axis=2)
         if spec.seeds == "shared":
-            combined = self._aggregate(stacked, weights, spec.trim)
-            return contributions[0].seeds, combined.astype(np.float32)
-        if spec.aggregation == "uniform":
-            weights = np.full(len(contributions), 1.0 / len(contributions))
-        scaled = stacked * weights[:, None, None]
+            combined = [self._aggregate(part, weights, self._settings) for part in parts]
+            return contributions[0].seeds, np.concatenate(combined, axis=1).astype(np.float32)
+        weighing = lookup(WEIGHINGS, spec.aggregation, "aggregation of seeds of one's own")
+        scaled = [part * weighing(part, weights, self._settings)[:, None, None] for part in parts]
         own = np.concatenate([c.seeds for c in contributions], axis=1)
-        # [clients, K, C P]: the first scalars of all clients, then their second ones.
-        parts = np.split(scaled, spec.scalars, axis=2)
-        return own, np.concatenate([row for part in parts for row in part], axis=1).astype(np.float32)
+        return own, np.concatenate([row for part in scaled for row in part], axis=1).astype(np.float32)
 
     def _gradients(self, contributions: Sequence[Contribution]) -> Scalars | None:
         """The aggregate [K, F] float32 of the contributions' gradients, entry by entry; None: there are none."""
         found = [c.gradients.astype(np.float64) for c in contributions if c.gradients is not None]
         if not found:
             return None
-        return self._aggregate(np.stack(found), _weights(contributions), self.spec.trim).astype(np.float32)
+        return self._aggregate(np.stack(found), _weights(contributions), self._settings).astype(np.float32)
 
 
 def _weights(contributions: Sequence[Contribution]) -> npt.NDArray[np.float64]:

@@ -38,6 +38,7 @@ class Hello:
         examples: examples that it trains on; 0 in a private run, where it does not say.
         protocol, fingerprint, mask, space_hash, theta0, family, theta_dtype: as in RunSpec, and must match it.
         quantisation, compute_dtype: of its base; may differ from others', and are recorded.
+        applied: rounds that its theta has already gone through.
     """
 
     client: int
@@ -51,6 +52,7 @@ class Hello:
     theta_dtype: str
     quantisation: str
     compute_dtype: str
+    applied: int = 0
 
 
 @dataclass(frozen=True)

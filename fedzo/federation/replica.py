@@ -39,7 +39,7 @@ class Replica:
 
     def reset(self, initial: bytes = b"") -> None:
         """Back to theta0, with the run's own initial values (`pack_values`) where the base model has none."""
-        self.theta = self._load()
+        self.theta, self.initial = self._load(), initial
         if initial:
             unpack_values(initial, self.theta)
         self.state = self.rule.init(self.theta)
@@ -83,6 +83,20 @@ class Replica:
             self.apply([Records((first + i) * steps, r.seeds, r.scalars, r.gradients) for i, r in enumerate(new)])
         if self.rounds != missed.stop:
             raise ProtocolError(f"after catching up the replica stands at round {self.rounds}, not {missed.stop}")
+
+    def snapshot(self) -> bytes:
+        """Everything that a replica with the same theta0 (and `initial`) needs to stand where this one does."""
+        return self.rule.snapshot(self.theta, self.state)
+
+    def restore(self, rounds: int, initial: bytes, snapshot: bytes) -> None:
+        """Stands where the replica of a snapshot stood.
+
+        Raises:
+            ProtocolError: the snapshot is not of this theta and rule; the replica is then of no use until its reset.
+        """
+        self.reset(initial)
+        self.state = self.rule.restore(self.theta, self.state, snapshot)
+        self.rounds = rounds
 
     def digest(self) -> bytes:
         """SHA-256 of theta, computed once a round."""

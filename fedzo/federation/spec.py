@@ -18,7 +18,7 @@ from fedzo.privacy.terms import Terms
 from fedzo.registry import lookup
 from fedzo.structures import STRUCTURES, Frame, Layout, Structure
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 SeedSchedule = Literal["shared", "independent", "pool", "weighted-pool"]
 SEED_SCHEDULES: tuple[SeedSchedule, ...] = ("shared", "independent", "pool", "weighted-pool")

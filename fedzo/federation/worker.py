@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -82,7 +83,8 @@ class Worker:
         )  # fmt: skip
 
     def hello(self) -> Hello:
-        return self._hello
+        """For the handshake."""
+        return replace(self._hello, applied=self.replica.rounds)
 
     def round(self, plan: Plan) -> Generator[Request, Tensor, Answer]:
         """Does a plan; yields requests and is sent their answers (`fedzo.evaluation.Evaluator.answer`).

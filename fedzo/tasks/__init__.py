@@ -1,7 +1,7 @@
 """Tasks: prompts and verbalisers, encoded data sets, data loading, partitions, metrics."""
 
 from fedzo.tasks.catalogue import TASKS, Reading, task_spec
-from fedzo.tasks.data import Splits, load_splits
+from fedzo.tasks.data import Splits, load_file, load_splits
 from fedzo.tasks.dataset import EncodedDataset
 from fedzo.tasks.metrics import (
     accuracy,
@@ -16,11 +16,12 @@ from fedzo.tasks.metrics import (
     scored_tokens,
     token_f1,
 )
-from fedzo.tasks.partition import PARTITIONERS, partition
+from fedzo.tasks.partition import OWN, PARTITIONERS, partition
 from fedzo.tasks.prompts import Example, TaskSpec
 from fedzo.tasks.tasks import Task, build_task
 
 __all__ = [
+    "OWN",
     "PARTITIONERS",
     "TASKS",
     "EncodedDataset",
@@ -35,6 +36,7 @@ __all__ = [
     "confusion",
     "correct",
     "exact_match",
+    "load_file",
     "load_splits",
     "macro_f1",
     "mean_loss",

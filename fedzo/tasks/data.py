@@ -66,7 +66,7 @@ def load_splits(
         train, validation, test: splits of a hub data set, or files: relative to the directory, with or without their
             ending (.jsonl, .json, .csv, .tsv, .parquet, and .txt for language modelling, where a paragraph is a
             document). Empty validation: a part of train, which is removed from train (the embedded data has its
-            own). Empty test: none.
+            own). Empty test: none. Empty train: none, where every client has its own.
         validation_fraction: that part, between 0 and 1.
         seed: decides which part, and which examples a limit leaves.
         limit: training examples at most, a random choice in the file's order; 0: all.
@@ -78,6 +78,8 @@ def load_splits(
         DataError: nothing there, unreadable or empty, a column or text missing, an unknown label, the same file
             or content named for two splits, or fewer examples of a class than shots.
     """
+    if not train and not validation:
+        raise DataError(f"{source}: without a train split there is none to take validation from; name data.validation")
     load, names = _opened(source, train, validation, test)
     given = [name for name in names if name]
     if len(set(given)) != len(given):
@@ -96,7 +98,7 @@ def load_splits(
             raise DataError(f"{source}: {names[first]!r} and {names[second]!r} hold the same examples; change one")
     training, selection, report = parts
     order = permutation(seed, len(training))
-    if shots:
+    if shots and training:
         chosen, held_out = _few(training, order, spec, shots, source, validate=not names[1])
         selection = selection if names[1] else [training[i] for i in np.sort(held_out)]
         order = chosen
@@ -123,6 +125,18 @@ def load_splits(
         train_in_validation=sum(key in seen[1] for key in keys[0]),
         unlabelled=unlabelled,
     )
+
+
+def load_file(path: Path, spec: TaskSpec) -> list[Example]:
+    """The checked examples of one file, all of them.
+
+    Raises:
+        DataError: as `load_splits`.
+    """
+    path = path.expanduser().resolve()
+    if not path.is_file() or path.suffix.lower() not in _READERS:
+        raise DataError(f"there is no data file {path} of a known kind ({', '.join(_READERS)})")
+    return _checked(_read(str(path)), spec, str(path))
 
 
 def _few(

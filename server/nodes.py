@@ -1,0 +1,315 @@
+"""Flower's nodes as the engine's transport: who is there, who is which client, and the messages on their way.
+
+There is no Flower `Strategy`: it is built around arrays and one send_and_receive a round, polled every 3 seconds in
+deployment, while a round here is pushed and polled at our own pace, may send a client a second plan, and greets nodes
+that come while it lasts.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedzo.engine import Parcel
+from fedzo.errors import ProtocolError, RunError
+from fedzo.federation.coordinator import Coordinator
+from fedzo.federation.messages import Hello
+
+RECORD = "fedzo"  # the one record of every message
+PART = 8 * 2**20  # bytes of an artifact in one message
+FAREWELL = 10.0  # seconds that the end of a run waits for its nodes to hear of it
+_LOOK = 1.0  # seconds between two looks at which nodes there are
+_AT_ONCE = 256  # messages pushed together
+
+
+class Post:
+    """Messages to nodes, and their answers."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._sent: dict[str, tuple[int, str, float]] = {}  # id -> node, kind, when it is late
+
+    def send(self, kind: str, contents: Mapping[int, ConfigRecord], timeout: float) -> list[int]:
+        """Sends each node its record.
+
+        Args:
+            kind: Flower's type of message.
+            contents: node id -> record.
+            timeout: seconds; also the messages' time to live, so that nobody begins work that is no longer wanted.
+
+        Returns:
+            The nodes that it could be sent to.
+        """
+        late = time.monotonic() + timeout
+        messages = [Message(RecordDict({RECORD: record}), node, kind, ttl=timeout) for node, record in contents.items()]
+        reached = []
+        for start in range(0, len(messages), _AT_ONCE):
+            batch = messages[start : start + _AT_ONCE]
+            names = list(self._grid.push_messages(batch))
+            if len(names) != len(batch):
+                continue  # refused together: Flower has logged why
+            for name, message in zip(names, batch, strict=True):
+                if name:  # else this one was refused
+                    node = message.metadata.dst_node_id
+                    self._sent[name] = node, kind, late
+                    reached.append(node)
+        return reached
+
+    def receive(self) -> Iterator[tuple[int, str, ConfigRecord | None]]:
+        """Node, kind and record of each answer that has come; None: an error, or it is too late for one."""
+        if not self._sent:
+            return
+        for answer in self._grid.pull_messages(list(self._sent)):
+            found = self._sent.pop(answer.metadata.reply_to_message_id, None)
+            if found is not None:
+                content = answer.content.config_records.get(RECORD, ConfigRecord()) if answer.has_content() else None
+                yield found[0], found[1], content
+        now = time.monotonic()
+        for name, (node, kind, late) in list(self._sent.items()):
+            if now > late:
+                del self._sent[name]
+                yield node, kind, None
+
+    def waits(self, kind: str) -> bool:
+        """Whether an answer to a message of this kind may still come."""
+        return any(found[1] == kind for found in self._sent.values())
+
+
+class Nodes:
+    """The run's nodes.
+
+    Args:
+        grid: Flower's.
+        coordinator: of the run; told who has come and gone.
+        say: is told, in a line, what a person should know.
+        timeout: seconds for an answer.
+        patience: seconds without a new node after which no more is waited for.
+        start: clients that must be there before the first round.
+
+    Attributes:
+        of: client -> node id, of those that are registered.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        coordinator: Coordinator,
+        say: Callable[[str], None],
+        *,
+        timeout: float,
+        patience: float,
+        start: int,
+    ) -> None:
+        self.of: dict[int, int] = {}
+        self._grid, self._coordinator, self._say = grid, coordinator, say
+        self._timeout, self._patience, self._start = timeout, patience, start
+        self._post = Post(grid)
+        self._client: dict[int, int] = {}  # node id -> client
+        self._known: set[int] = set()  # nodes that were greeted
+        self._refused: set[int] = set()
+        self._resident: set[int] = set()  # nodes whose worker waits for the end of the run
+        self._given: dict[int, int] = {}  # node id -> bytes of the mask that it was sent
+        self._why = ""
+        self._looked = 0.0
+
+    def ready(self) -> None:
+        """Before a round: takes in who has come, forgets who is gone, waits until there are enough for one.
+
+        Raises:
+            RunError: there are not, and for a while no node has come.
+        """
+        first, last, pace = self._start > 0, time.monotonic(), Pace()
+        while True:
+            count = len(self._known)
+            self._look()
+            for node, kind, record in self._post.receive():
+                if kind == "query":
+                    self._greeted(node, record)
+            if first and (len(self._known) < self._start or self._post.waits("query")):
+                enough = False
+            else:
+                enough = len(self.of) >= max(1, self._coordinator.spec.quorum)
+            if enough:
+                break
+            if len(self._known) > count or self._post.waits("query"):
+                last = time.monotonic()
+            elif (first and len(self._known) >= self._start) or time.monotonic() - last > self._patience:
+                raise RunError(self._too_few())
+            pace.wait()
+        if first:
+            self._start = 0
+            self._say(f"{len(self.of)} of {self._coordinator.spec.clients} clients registered")
+
+    def _too_few(self) -> str:
+        spec = self._coordinator.spec
+        if len(self._known) < self._start:
+            return too_few(len(self._known), self._start)
+        wanted = max(1, spec.quorum)
+        return f"{len(self.of)} of {spec.clients} clients could be registered, wanted {wanted}{self._why}"
+
+    def exchange(self, parcels: Sequence[Parcel]) -> Iterator[Parcel]:
+        """Plans for answers; a client whose answer is an error or late gives none."""
+        plans = {self.of[client]: ConfigRecord({"plan": plan}) for client, plan in parcels}
+        asked = {node: self._client[node] for node in plans}
+        waiting = set(self._post.send("train.plan", plans, self._timeout))
+        again: set[int] = set()  # nodes that must be greeted before they can do their plan
+        pace, end = Pace(), time.monotonic() + self._timeout
+        while waiting and time.monotonic() < end:
+            self._look(forget=False)
+            for node, kind, record in self._post.receive():
+                if kind == "query":
+                    self._greeted(node, record)
+                    if node in again:
+                        again.discard(node)
+                        left = end - time.monotonic()
+                        same = self._client.get(node) == asked[node]
+                        if not same or left <= 0 or not self._post.send("train.plan", {node: plans[node]}, left):
+                            waiting.discard(node)
+                    continue
+                if node not in waiting:
+                    continue
+                if record is not None and record.get("greet") is True and node not in again:
+                    again.add(node)
+                    self._greet([node])
+                    continue
+                waiting.discard(node)
+                if record is not None:
+                    data = record.get("answer")
+                    yield asked[node], data if isinstance(data, bytes) else b""  # b"" is counted as malformed
+            pace.wait()
+
+    def farewell(self) -> None:
+        """Tells the nodes that the run is over; their workers end."""
+        there = self._resident & set(self._client)
+        self._post.send("query.leave", {node: ConfigRecord() for node in there}, FAREWELL)
+        pace = Pace()
+        while self._post.waits("query.leave"):
+            for _ in self._post.receive():
+                pass
+            pace.wait()
+
+    def _look(self, *, forget: bool = True) -> None:
+        """Greets the nodes that are new, and forgets those that are gone.
+
+        Args:
+            forget: else only greets: while a round lasts, its clients stay its clients.
+        """
+        now = time.monotonic()
+        if now - self._looked < _LOOK and self._known:
+            return
+        self._looked = now
+        there = set(self._grid.get_node_ids())
+        if gone := (self._known - there if forget else set()):
+            self._known -= gone
+            self._resident -= gone
+            for node in gone & set(self._client):
+                client = self._client.pop(node)
+                del self.of[client]
+                self._coordinator.dismiss(client)
+                self._say(f"client {client} is gone")
+            self._known -= self._refused  # one of them may be in the place of one that is gone
+            self._refused.clear()
+        if new := sorted(there - self._known):
+            self._known.update(new)
+            self._greet(new)
+
+    def _greet(self, nodes: Iterable[int]) -> None:
+        spec = self._coordinator.spec.to_json()
+        self._given.update(dict.fromkeys(nodes, 0))
+        self._post.send("query", {node: ConfigRecord({"spec": spec}) for node in nodes}, self._timeout)
+
+    def _greeted(self, node: int, record: ConfigRecord | None) -> None:
+        """Takes a node's answer to its greeting."""
+        if record is None:
+            self._refused.add(node)  # it did not answer; it may when another has gone
+            return
+        try:
+            if "wants" in record:
+                self._send_part(node, record)
+                return
+            hello, resident = _read_hello(record)
+            holder = self.of.get(hello.client, node)
+            if holder != node:
+                raise ProtocolError(f"client {hello.client} refused: another node is that client already")
+            if self._client.get(node, hello.client) != hello.client:
+                raise ProtocolError(f"client {hello.client} refused: its node is client {self._client[node]}")
+            self._coordinator.admit(hello)
+            late = self._start == 0 and node not in self._client
+            self.of[hello.client], self._client[node] = node, hello.client
+            if resident:
+                self._resident.add(node)
+            if late:
+                self._say(f"client {hello.client} has joined")
+        except ProtocolError as error:
+            self._refused.add(node)
+            self._why = self._why or f": {error}"
+            self._say(str(error))
+
+    def _send_part(self, node: int, record: ConfigRecord) -> None:
+        """Greets again, with the part of the run's mask that a node asks for: always the one after the last."""
+        spec, given = self._coordinator.spec, self._given.get(node, 0)
+        if record["wants"] != spec.mask or not spec.mask or record.get("offset") != given:
+            raise ProtocolError(f"a node asked for something else than the run's mask from byte {given}")
+        data = self._coordinator.ledger.artifact(spec.mask)
+        if given >= len(data):
+            raise ProtocolError("a node asked for more of the run's mask than there is")
+        part = data[given : given + PART]
+        again = ConfigRecord({"spec": spec.to_json(), "offset": given, "size": len(data), "data": part})
+        self._given[node] = given + len(part)
+        self._coordinator.sent_artifact(len(part))
+        self._post.send("query", {node: again}, self._timeout)
+
+
+class Pace:
+    """Waits between two looks at the mail: short at first, longer when nothing is likely to have come."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def wait(self) -> None:
+        time.sleep(min(0.25, max(0.01, (time.monotonic() - self._start) / 50)))
+
+
+def wait_for_nodes(grid: Grid, wanted: int, patience: float) -> None:
+    """Returns when there are enough nodes.
+
+    Raises:
+        RunError: no new node has come for a while and there are too few.
+    """
+    count, last = 0, time.monotonic()
+    while (found := len(list(grid.get_node_ids()))) < wanted:
+        if found > count:
+            last = time.monotonic()
+        elif time.monotonic() - last > patience:
+            raise RunError(too_few(found, wanted))
+        count = found
+        time.sleep(0.05)
+
+
+def too_few(found: int, wanted: int) -> str:
+    return (
+        f"{found} nodes are there, the run has {wanted} clients (data.clients, or runtime.start_clients to begin); "
+        f'in a simulation add --federation-config "num-supernodes={wanted} client-resources-num-cpus=1" to flwr run'
+    )
+
+
+def _read_hello(record: ConfigRecord) -> tuple[Hello, bool]:
+    """What a node says of itself, and whether it has a worker that waits for the end of the run."""
+    if "refused" in record:
+        raise ProtocolError(printable(record["refused"]))
+    given = dict(record)
+    resident = given.pop("resident", False)
+    try:
+        hello = Hello(**given)  # type: ignore[arg-type]
+    except TypeError:
+        raise ProtocolError("a node answered with something else than a hello") from None
+    numbers = hello.client, hello.examples, hello.applied
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise ProtocolError("a node's hello has no numbers")
+    return hello, resident is True
+
+
+def printable(text: object) -> str:
+    """What a node says, as it may be shown: short, and without characters that move a terminal's cursor."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:300])

@@ -322,7 +322,7 @@ def _tell(trial: Any) -> None:
 def _print_search(found: Any, target: Path, folder: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from fedzo.run_folder import strict_json
+    from fedzo.files import strict_json
 
     total: dict[str, Any] = {
         "config": str(target),
@@ -416,8 +416,8 @@ def evaluate(
 def inspect(run: RunPath, as_json: Json = False) -> None:
     """What a run is: configuration, rounds, records, bytes up and down a client, accuracy."""
     from fedzo.config import Config, flatten
+    from fedzo.files import strict_json
     from fedzo.report import summarise
-    from fedzo.run_folder import strict_json
 
     folder, ledger = _open(run)
     with ledger:
@@ -529,7 +529,7 @@ def mask(
 def _print_mask(made: Any, path: Path, other: Any, as_json: bool) -> None:
     from math import prod
 
-    from fedzo.run_folder import strict_json
+    from fedzo.files import strict_json
     from fedzo.spaces import overlap
 
     rows = sorted(((e.indices.numel(), e.name, prod(e.shape)) for e in made.entries), key=lambda row: (-row[0], row[1]))
@@ -584,9 +584,9 @@ def show_methods(
     """The methods that method.name knows: what they are made of, cost, and are valid under."""
     from dataclasses import asdict
 
+    from fedzo.files import strict_json
     from fedzo.method_facts import facts, row
     from fedzo.methods import METHODS
-    from fedzo.run_folder import strict_json
 
     found = [facts(chosen) for chosen in ([name] if name else METHODS)]
     if as_json:

@@ -84,8 +84,9 @@ def report(
 ) -> None:
     """What a run has spent, of each client or of the run, and a paragraph that says what it means."""
     from fedzo.federation.ledger import Ledger
+    from fedzo.files import strict_json
     from fedzo.privacy_report import checks, paragraph, privacy_figures, spent
-    from fedzo.run_folder import BUDGETS, RunFolder, strict_json
+    from fedzo.run_folder import BUDGETS, RunFolder
 
     folder = RunFolder.open(run)
     with Ledger(folder.ledger) as ledger:
@@ -119,7 +120,7 @@ def clip(
     from fedzo.clip import suggest
     from fedzo.config import load_config
     from fedzo.experiment import Experiment
-    from fedzo.run_folder import strict_json
+    from fedzo.files import strict_json
 
     chosen = load_config(config, override).resolved()
     found = suggest(Experiment(chosen), quantile)

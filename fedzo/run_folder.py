@@ -7,7 +7,6 @@ The ledger is the truth; metrics.jsonl and the events are written along for othe
 import fcntl
 import importlib.util
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from fedzo.config import Config, load_config, to_toml
 from fedzo.errors import RunError
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.ledger import Ledger
-from fedzo.files import write_atomically
+from fedzo.files import strict_json, write_atomically
 from fedzo.step_size import StepSize
 
 BUDGETS = "budgets"  # in it a folder by the run's id, in which a file for each client
@@ -48,6 +47,10 @@ class RunFolder:
     def step_size(self) -> Path:
         """Where a learning rate that was "auto" came from; no other run has it."""
         return self.path / "step_size.json"
+
+    @property
+    def event_log(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def events(self) -> Path:
@@ -239,17 +242,6 @@ def _written(path: Path) -> Iterator[None]:
         raise RunError(
             f"cannot write {path}: {error.strerror}; committed rounds are intact: free space, then `fedzo resume`"
         ) from error
-
-
-def strict_json(value: Any) -> str:
-    """JSON that every reader takes: a number that is not finite (the loss of a diverged model) is null."""
-
-    def finite(part: Any) -> Any:
-        if isinstance(part, float) and not math.isfinite(part):
-            return None
-        return {key: finite(item) for key, item in part.items()} if isinstance(part, dict) else part
-
-    return json.dumps(finite(value))
 
 
 def _round_line(summary: Mapping[str, Any]) -> str:

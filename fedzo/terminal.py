@@ -34,7 +34,7 @@ _NAMES = {
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
     """Figures by name, a line each, or as one line of JSON."""
     if as_json:
-        from fedzo.run_folder import strict_json
+        from fedzo.files import strict_json
 
         print(strict_json(figures))
         return

@@ -20,9 +20,9 @@ from fedzo.experiment import Experiment
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.randomness import derive
-from fedzo.files import write_atomically
+from fedzo.files import strict_json, write_atomically
 from fedzo.registry import nearest
-from fedzo.run_folder import RunFolder, strict_json
+from fedzo.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import optuna

@@ -36,8 +36,12 @@ from fedzo.optimizers import Records
 from fedzo.structures import Layout
 
 COMBINATIONS = [
-    *(("shared", name) for name in ("mean", "uniform", "median", "trimmed-mean")),
-    *((seeds, name) for seeds in ("independent", "pool", "weighted-pool") for name in ("mean", "uniform")),
+    *(("shared", name) for name in ("mean", "uniform", "median", "trimmed-mean", "norm-bound")),
+    *(
+        (seeds, name)
+        for seeds in ("independent", "pool", "weighted-pool")
+        for name in ("mean", "uniform", "norm-bound")
+    ),
 ]
 
 

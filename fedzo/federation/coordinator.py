@@ -456,6 +456,8 @@ class Coordinator:
         secure = self._terms is not None and self._terms.mode == "client-secagg"
         if isinstance(message, Held | Contribution) and isinstance(message, Held) != secure:
             return "malformed"
+        if isinstance(message, Failure) and message.reason == "budget" and (self._terms is None or self._terms.secret):
+            return "malformed"  # only a client with a budget of its own can have spent it
         return self._content_fault(client, message) if isinstance(message, Contribution) else None
 
     def _content_fault(self, client: int, message: Contribution) -> str | None:

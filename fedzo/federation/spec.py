@@ -149,8 +149,9 @@ class RunSpec:
         )
         return next((name for part, name in named if self.terms.mode not in part.private), "")
 
-    @property
+    @cached_property
     def hash(self) -> bytes:
+        """Of the header; every message is checked against it."""
         return hashlib.sha256(self.to_json().encode()).digest()
 
     @property

@@ -29,7 +29,7 @@ from fedzo.tasks.metrics import quality
 
 Parcel = tuple[int, bytes]
 # Takes (client, plan) parcels, gives (client, answer) parcels back in any order; a lost client gives none.
-Exchange = Callable[[Sequence[Parcel]], Iterable[Parcel]]
+Exchange = Callable[[Iterable[Parcel]], Iterable[Parcel]]
 # Takes clients that hold contributions, and how many of them a sum needs, gives the clients that are in it and the sum
 # int64 [entries] of their vectors; None: too few remained, and nothing was revealed.
 Add = Callable[[Sequence[int], int], tuple[tuple[int, ...], Ints] | None]
@@ -115,7 +115,8 @@ def in_process(experiment: Experiment, coordinator: Coordinator, bases: Bases | 
     """The transport of one process: workers on the same base share its model and a replica, apart from the server's.
 
     A bfloat16 theta is the model's weights, so the server's replica is the workers' too: it stands where a plan wants
-    it, and a plan's records are skipped. A worker with several local steps takes them on a copy.
+    it, and a plan's records are skipped. A worker with several local steps takes them on a copy. A client's examples are
+    tokenised when it is first asked: of many clients few are in a round.
 
     Every plan and answer crosses as bytes, as it would on a wire. Workers are handed the mask, and its bytes counted.
     Clients keep their privacy budgets in the run's folder. A secure sum is plain addition here, where one process is
@@ -128,12 +129,12 @@ def in_process(experiment: Experiment, coordinator: Coordinator, bases: Bases | 
     workers: dict[int, tuple[Worker, Evaluator]] = {}
     for number in range(spec.clients):
         party, replica = bases.of(number)
-        workers[number] = party.worker(number, replica, budgets), party.evaluator
+        workers[number] = party.worker(number, replica, budgets, later=True), party.evaluator
         coordinator.admit(workers[number][0].hello())
         if party.mask is not None and coordinator.ledger.rounds == 0:
             coordinator.sent_artifact(len(experiment.artifacts[spec.mask]))
 
-    def exchange(parcels: Sequence[Parcel]) -> Iterable[Parcel]:
+    def exchange(parcels: Iterable[Parcel]) -> Iterable[Parcel]:
         for number, plan in parcels:
             yield number, answer(*workers[number], plan)
 
@@ -153,7 +154,8 @@ def play_round(coordinator: Coordinator, transport: Transport) -> TimedRound:
     began, latencies = time.perf_counter(), list[float]()
     plans = coordinator.open_round()
     while plans:
-        parcels, plans = [(plan.client, plan.to_bytes()) for plan in plans], []
+        # Bytes when they leave, one by one: with snapshots of theta in them they may be more than the memory holds.
+        parcels, plans = ((plan.client, plan.to_bytes()) for plan in plans), []
         left = time.perf_counter()
         for client, data in transport.exchange(parcels):
             latencies.append(time.perf_counter() - left)
@@ -166,8 +168,9 @@ def play_round(coordinator: Coordinator, transport: Transport) -> TimedRound:
             coordinator.receive_total(transport.add(holders, coordinator.threshold))
     summary = coordinator.close_round()
     return TimedRound(
-        **vars(summary), replies=len(latencies), seconds=time.perf_counter() - began,
-        latency_median=median(latencies) if latencies else None, latency_max=max(latencies, default=None),
+        **vars(summary), replies=len(latencies), seconds=round(time.perf_counter() - began, 6),
+        latency_median=round(median(latencies), 6) if latencies else None,
+        latency_max=round(max(latencies), 6) if latencies else None,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import sysconfig
@@ -19,11 +20,10 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from fedzo import guard
 from fedzo.config import Config, to_toml
 from fedzo.errors import RunError
+from fedzo.processes import Process, Processes
 from fedzo.run_folder import BUDGETS
 
 START_TIMEOUT = 60.0  # seconds for the SuperLink to answer
@@ -76,7 +76,7 @@ def run_flower(config: Config, out: Path, *, quiet: bool = False) -> None:
         raise RunError(f"cannot write the run folder {out}: {error.strerror}") from error
     with log, tempfile.TemporaryDirectory(prefix="fedzo-", ignore_cleanup_errors=True) as name:
         home = Path(name)
-        app = _copy_app(home / "app")
+        app = copy_app(home / "app")
         run_config = home / "run.toml"
         run_config.write_text(f"out = {json.dumps(str(out))}\n{to_toml(config.resolved())}", encoding="utf-8")
         options = " ".join(f"{key}={value}" for key, value in federation_config(config).items())
@@ -95,7 +95,7 @@ def run_flower(config: Config, out: Path, *, quiet: bool = False) -> None:
         raise RunError(f"Flower's run is {status}: {details.rstrip('.')}. Its log is {log_path}")
 
 
-def _copy_app(target: Path) -> Path:
+def copy_app(target: Path) -> Path:
     """The Flower app (pyproject.toml, clients/, server/) as a folder of its own: a checkout may hold gigabytes."""
     package = Path(__file__).resolve().parent
     for source in (package / "_flower_app", package.parent):  # in a wheel, in a checkout
@@ -107,13 +107,13 @@ def _copy_app(target: Path) -> Path:
     raise RunError(f"this installation of fedzo at {package} lacks its Flower app; reinstall fedzo")
 
 
-def _environment(home: Path, budgets: Path) -> dict[str, str]:
+def environment_of(home: Path) -> dict[str, str]:
+    """In which Flower's programs run: with a home of their own, and nothing that asks the network."""
     scripts = sysconfig.get_path("scripts")  # Flower starts its programs by name
     local = "127.0.0.1,localhost"
     return os.environ | {
         "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
         "FLWR_HOME": str(home),
-        "FEDZO_STATE": str(budgets),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -131,47 +131,60 @@ def _superlink(home: Path, budgets: Path) -> Iterator[dict[str, str]]:
     Raises:
         RunError: it does not start.
     """
-    environment = _environment(home, budgets)
+    environment = environment_of(home) | {"FEDZO_STATE": str(budgets)}
+    log = home / "superlink.log"
     for _ in range(3):  # between choosing the port and using it, somebody else may take it
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         connection = f'[superlink.fedzo]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         (home / "config.toml").write_text(f'[superlink]\ndefault = "fedzo"\n\n{connection}', encoding="utf-8")
         options = ["--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
-        command = [_program("flower-superlink"), *options, "--port", str(port)]
-        with (home / "superlink.log").open("w", encoding="utf-8") as log:
+        with Processes() as processes:
             # Its working directory is where Ray's workers look for modules first: nothing there may shadow the app's.
-            process = subprocess.Popen(
-                [sys.executable, "-I", guard.__file__, *command], cwd=home, env=environment, stdin=subprocess.PIPE,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            process = processes.start(
+                [program("flower-superlink"), *options, "--port", str(port)], folder=home, environment=environment,
+                log=log,
             )  # fmt: skip
-        try:
-            if _answers(process, port):
+            if answers(process, f"http://127.0.0.1:{port}/health"):
                 yield environment
                 return
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()  # tells the guard to end it all
-            process.wait()
-    tail = (home / "superlink.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
-    raise RunError("Flower's SuperLink did not start: " + " / ".join(tail))
+    raise RunError("Flower's SuperLink did not start: " + " / ".join(tail(log)))
 
 
-def _program(name: str) -> str:
+def free_port() -> int:
+    """A port of this machine that nobody listens on, now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tail(log: Path, lines: int = 5) -> list[str]:
+    """The last lines of a log; none where there is no log."""
+    try:
+        return log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:]
+    except OSError:
+        return []
+
+
+def program(name: str) -> str:
+    """One of Flower's programs, from this environment."""
     path = Path(sysconfig.get_path("scripts")) / name
     return str(path) if path.exists() else name
 
 
-def _answers(process: "subprocess.Popen[Any]", port: int) -> bool:
-    """Waits until the SuperLink is up (True), or has ended (False)."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    end = time.monotonic() + START_TIMEOUT
-    while process.poll() is None:
-        with contextlib.suppress(OSError), direct.open(f"http://127.0.0.1:{port}/health", timeout=1.0):
-            return process.poll() is None
+def answers(process: Process, address: str, authority: Path | None = None) -> bool:
+    """Waits until a program of Flower's answers at its address (True), or has ended (False).
+
+    Raises:
+        RunError: it does neither for a while.
+    """
+    context = ssl.create_default_context(cafile=str(authority)) if authority is not None else None
+    handlers = [urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)]
+    direct, end = urllib.request.build_opener(*handlers), time.monotonic() + START_TIMEOUT
+    while process.alive:
+        with contextlib.suppress(OSError), direct.open(address, timeout=1.0):
+            return process.alive
         if time.monotonic() > end:
-            raise RunError(f"Flower's SuperLink did not answer within {START_TIMEOUT:.0f} s")
+            raise RunError(f"{address} did not answer within {START_TIMEOUT:.0f} s")
         time.sleep(0.1)
     return False
 
@@ -179,7 +192,7 @@ def _answers(process: "subprocess.Popen[Any]", port: int) -> bool:
 def _stream(arguments: list[str], home: Path, environment: Mapping[str, str], show: Callable[[str], None]) -> list[str]:
     """Runs `flwr`, showing its lines as they come; returns the last of them."""
     process = subprocess.Popen(
-        [_program("flwr"), *arguments], cwd=home, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        [program("flwr"), *arguments], cwd=home, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", start_new_session=True,
     )  # fmt: skip
     last: list[str] = []
@@ -199,7 +212,7 @@ def _outcome(home: Path, environment: Mapping[str, str], said: list[str]) -> tup
     """Status and details of the SuperLink's only run; `flwr run` itself exits with 0 also when the run failed."""
     while True:
         listed = subprocess.run(
-            [_program("flwr"), "ls", "--format", "json"], cwd=home, env=environment, stdin=subprocess.DEVNULL,
+            [program("flwr"), "ls", "--format", "json"], cwd=home, env=environment, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         try:

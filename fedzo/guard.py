@@ -1,11 +1,14 @@
-"""Runs a command until standard input ends, then ends it with all that it started: `python guard.py COMMAND...`.
+"""Runs commands until standard input ends, then ends them with all that they started.
 
-The caller holds the other end of standard input, so the command ends with the caller however that ends, killed
-included. A script of its own, with the standard library only, so that it starts at once and stays small.
+Each line of standard input is a command as JSON: {"command": [...], "folder": ..., "environment": {...}, "log": file}.
+Its process id is written to standard output, and the log gets what the command says. The caller holds the other end of
+standard input, so all of it ends with the caller however that ends, killed included. A script of its own, with the
+standard library only, so that it starts at once and stays small.
 """
 
 import contextlib
 import ctypes
+import json
 import os
 import select
 import signal
@@ -55,12 +58,35 @@ def end_all() -> None:
         time.sleep(0.05)
 
 
+def start(line: bytes) -> "subprocess.Popen[bytes]":
+    asked = json.loads(line)
+    with Path(asked["log"]).open("ab") as log:
+        return subprocess.Popen(
+            asked["command"], cwd=asked["folder"], env=asked["environment"], stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
 def main() -> None:
     if sys.platform == "linux":  # orphans become this process's children: none is missed
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-    while child.poll() is None and not select.select([sys.stdin], [], [], 0.2)[0]:
-        pass
+    started: list[subprocess.Popen[bytes]] = []
+    pending = b""
+    while True:
+        started = [process for process in started if process.poll() is None]  # none that has ended stays a zombie
+        if not select.select([sys.stdin], [], [], 0.2)[0]:
+            continue
+        data = os.read(sys.stdin.fileno(), 2**16)
+        if not data:
+            break
+        *lines, pending = (pending + data).split(b"\n")
+        for line in lines:
+            try:
+                started.append(start(line))
+                said = str(started[-1].pid)
+            except OSError as error:
+                said = f"error {error.strerror}"
+            print(said, flush=True)
     end_all()
 
 

@@ -5,14 +5,15 @@ deployment, while a round here is pushed and polled at our own pace, may send a 
 that come while it lasts.
 """
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedzo.engine import Parcel
-from fedzo.errors import ProtocolError, RunError
+from fedzo.errors import ProtocolError, RunError, shown
 from fedzo.federation.coordinator import Coordinator
 from fedzo.federation.messages import Hello
 
@@ -20,7 +21,7 @@ RECORD = "fedzo"  # the one record of every message
 PART = 8 * 2**20  # bytes of an artifact in one message
 FAREWELL = 10.0  # seconds that the end of a run waits for its nodes to hear of it
 _LOOK = 1.0  # seconds between two looks at which nodes there are
-_AT_ONCE = 256  # messages pushed together
+_AT_ONCE, _BYTES_AT_ONCE = 256, 32 * 2**20  # messages pushed together
 
 
 class Post:
@@ -30,31 +31,35 @@ class Post:
         self._grid = grid
         self._sent: dict[str, tuple[int, str, float]] = {}  # id -> node, kind, when it is late
 
-    def send(self, kind: str, contents: Mapping[int, ConfigRecord], timeout: float) -> list[int]:
-        """Sends each node its record.
+    def send(self, kind: str, contents: Iterable[tuple[int, ConfigRecord]], timeout: float) -> list[int]:
+        """Sends nodes records, of which few are in memory at once.
 
         Args:
             kind: Flower's type of message.
-            contents: node id -> record.
+            contents: node ids and their records.
             timeout: seconds; also the messages' time to live, so that nobody begins work that is no longer wanted.
 
         Returns:
             The nodes that it could be sent to.
         """
         late = time.monotonic() + timeout
-        messages = [Message(RecordDict({RECORD: record}), node, kind, ttl=timeout) for node, record in contents.items()]
-        reached = []
-        for start in range(0, len(messages), _AT_ONCE):
-            batch = messages[start : start + _AT_ONCE]
-            names = list(self._grid.push_messages(batch))
-            if len(names) != len(batch):
-                continue  # refused together: Flower has logged why
-            for name, message in zip(names, batch, strict=True):
-                if name:  # else this one was refused
-                    node = message.metadata.dst_node_id
-                    self._sent[name] = node, kind, late
-                    reached.append(node)
-        return reached
+        reached: list[int] = []
+        batch: list[tuple[int, Message]] = []
+        size = 0
+        for node, record in contents:
+            batch.append((node, Message(RecordDict({RECORD: record}), node, kind, ttl=timeout)))
+            size += sum(len(value) for value in record.values() if isinstance(value, bytes))
+            if len(batch) >= _AT_ONCE or size >= _BYTES_AT_ONCE:
+                reached += self._push(kind, batch, late)
+                batch, size = [], 0
+        return reached + (self._push(kind, batch, late) if batch else [])
+
+    def _push(self, kind: str, batch: list[tuple[int, Message]], late: float) -> list[int]:
+        names = list(self._grid.push_messages([message for _, message in batch]))
+        # Fewer names: all of them were refused, and Flower has logged why. No name: this one was.
+        sent = {name: node for name, (node, _) in zip(names, batch, strict=False) if name} if names else {}
+        self._sent.update({name: (node, kind, late) for name, node in sent.items()})
+        return list(sent.values())
 
     def receive(self) -> Iterator[tuple[int, str, ConfigRecord | None]]:
         """Node, kind and record of each answer that has come; None: an error, or it is too late for one."""
@@ -108,6 +113,7 @@ class Nodes:
         self._client: dict[int, int] = {}  # node id -> client
         self._known: set[int] = set()  # nodes that were greeted
         self._refused: set[int] = set()
+        self._gone: set[int] = set()  # clients that were registered
         self._resident: set[int] = set()  # nodes whose worker waits for the end of the run
         self._given: dict[int, int] = {}  # node id -> bytes of the mask that it was sent
         self._why = ""
@@ -148,11 +154,17 @@ class Nodes:
         wanted = max(1, spec.quorum)
         return f"{len(self.of)} of {spec.clients} clients could be registered, wanted {wanted}{self._why}"
 
-    def exchange(self, parcels: Sequence[Parcel]) -> Iterator[Parcel]:
+    def exchange(self, parcels: Iterable[Parcel]) -> Iterator[Parcel]:
         """Plans for answers; a client whose answer is an error or late gives none."""
-        plans = {self.of[client]: ConfigRecord({"plan": plan}) for client, plan in parcels}
-        asked = {node: self._client[node] for node in plans}
-        waiting = set(self._post.send("train.plan", plans, self._timeout))
+        asked: dict[int, int] = {}  # node id -> client
+
+        def plans() -> Iterator[tuple[int, ConfigRecord]]:
+            for client, plan in parcels:
+                node = self.of[client]
+                asked[node] = client
+                yield node, ConfigRecord({"plan": plan})
+
+        waiting = set(self._post.send("train.plan", plans(), self._timeout))
         again: set[int] = set()  # nodes that must be greeted before they can do their plan
         pace, end = Pace(), time.monotonic() + self._timeout
         while waiting and time.monotonic() < end:
@@ -160,11 +172,9 @@ class Nodes:
             for node, kind, record in self._post.receive():
                 if kind == "query":
                     self._greeted(node, record)
-                    if node in again:
+                    if node in again and (record is None or "wants" not in record):
                         again.discard(node)
-                        left = end - time.monotonic()
-                        same = self._client.get(node) == asked[node]
-                        if not same or left <= 0 or not self._post.send("train.plan", {node: plans[node]}, left):
+                        if not self._renew(node, asked[node], end - time.monotonic()):
                             waiting.discard(node)
                     continue
                 if node not in waiting:
@@ -179,10 +189,19 @@ class Nodes:
                     yield asked[node], data if isinstance(data, bytes) else b""  # b"" is counted as malformed
             pace.wait()
 
+    def _renew(self, node: int, client: int, left: float) -> bool:
+        """Sends a node its plan anew, where it is still this client; whether it could."""
+        if self._client.get(node) != client or left <= 0:
+            return False
+        plan = self._coordinator.renew(client)
+        return plan is not None and bool(
+            self._post.send("train.plan", [(node, ConfigRecord({"plan": plan.to_bytes()}))], left)
+        )
+
     def farewell(self) -> None:
         """Tells the nodes that the run is over; their workers end."""
         there = self._resident & set(self._client)
-        self._post.send("query.leave", {node: ConfigRecord() for node in there}, FAREWELL)
+        self._post.send("query.leave", [(node, ConfigRecord()) for node in there], FAREWELL)
         pace = Pace()
         while self._post.waits("query.leave"):
             for _ in self._post.receive():
@@ -207,7 +226,8 @@ class Nodes:
                 client = self._client.pop(node)
                 del self.of[client]
                 self._coordinator.dismiss(client)
-                self._say(f"client {client} is gone")
+                self._gone.add(client)
+                self._coordinator.events.tell("client-lost", client=client)
             self._known -= self._refused  # one of them may be in the place of one that is gone
             self._refused.clear()
         if new := sorted(there - self._known):
@@ -217,7 +237,7 @@ class Nodes:
     def _greet(self, nodes: Iterable[int]) -> None:
         spec = self._coordinator.spec.to_json()
         self._given.update(dict.fromkeys(nodes, 0))
-        self._post.send("query", {node: ConfigRecord({"spec": spec}) for node in nodes}, self._timeout)
+        self._post.send("query", [(node, ConfigRecord({"spec": spec})) for node in nodes], self._timeout)
 
     def _greeted(self, node: int, record: ConfigRecord | None) -> None:
         """Takes a node's answer to its greeting."""
@@ -235,15 +255,16 @@ class Nodes:
             if self._client.get(node, hello.client) != hello.client:
                 raise ProtocolError(f"client {hello.client} refused: its node is client {self._client[node]}")
             self._coordinator.admit(hello)
-            late = self._start == 0 and node not in self._client
+            if hello.client in self._gone:
+                self._gone.discard(hello.client)
+                self._coordinator.events.tell("client-rejoined", client=hello.client)
             self.of[hello.client], self._client[node] = node, hello.client
             if resident:
                 self._resident.add(node)
-            if late:
-                self._say(f"client {hello.client} has joined")
         except ProtocolError as error:
             self._refused.add(node)
             self._why = self._why or f": {error}"
+            self._coordinator.events.tell("client-refused", logging.WARNING, reason=str(error))
             self._say(str(error))
 
     def _send_part(self, node: int, record: ConfigRecord) -> None:
@@ -258,7 +279,7 @@ class Nodes:
         again = ConfigRecord({"spec": spec.to_json(), "offset": given, "size": len(data), "data": part})
         self._given[node] = given + len(part)
         self._coordinator.sent_artifact(len(part))
-        self._post.send("query", {node: again}, self._timeout)
+        self._post.send("query", [(node, again)], self._timeout)
 
 
 class Pace:
@@ -297,19 +318,13 @@ def too_few(found: int, wanted: int) -> str:
 def _read_hello(record: ConfigRecord) -> tuple[Hello, bool]:
     """What a node says of itself, and whether it has a worker that waits for the end of the run."""
     if "refused" in record:
-        raise ProtocolError(printable(record["refused"]))
+        raise ProtocolError(shown(record["refused"], 300))
     given = dict(record)
     resident = given.pop("resident", False)
     try:
         hello = Hello(**given)  # type: ignore[arg-type]
     except TypeError:
         raise ProtocolError("a node answered with something else than a hello") from None
-    numbers = hello.client, hello.examples, hello.applied
-    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-        raise ProtocolError("a node's hello has no numbers")
+    if type(hello.client) is not int:
+        raise ProtocolError(f"client {shown(hello.client)} refused: wanted a number")
     return hello, resident is True
-
-
-def printable(text: object) -> str:
-    """What a node says, as it may be shown: short, and without characters that move a terminal's cursor."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:300])

@@ -403,6 +403,15 @@ class Coordinator:
             current.answered.add(client)
         return None
 
+    def renew(self, client: int) -> Plan | None:
+        """The plan anew of a client that was admitted again while its round lasts; None: it has had its chances."""
+        current = self._open
+        asked = current is not None and client in current.seeds and client not in current.answered
+        if current is None or not asked or current.rewound[client] > 1:
+            return None
+        current.rewound[client] += 1
+        return self._plan(client, self.members[client].applied)
+
     def lost(self, client: int) -> None:
         """Counts a client whose answer did not come: the transport gave up on it."""
         if self._open is not None and client in self._open.seeds and client not in self._open.answered:

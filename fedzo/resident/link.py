@@ -54,9 +54,15 @@ def ask_running(name: str, request: Parcel) -> Parcel | None:
     return _try(runtime_directory(), name, request)
 
 
-def workers() -> list[str]:
-    """Names of this user's workers, also of some that are gone."""
-    return sorted(path.stem for path in runtime_directory().glob("*.sock"))
+def status(folder: Path | None = None) -> dict[str, Mapping[str, Any]]:
+    """What each worker says of itself, by its name.
+
+    Args:
+        folder: with their sockets; None: this user's.
+    """
+    folder = runtime_directory() if folder is None else folder
+    found = {path.stem: _try(folder, path.stem, Parcel({"ask": "status"})) for path in folder.glob("*.sock")}
+    return {name: reply.fields for name, reply in sorted(found.items()) if reply is not None}
 
 
 def _try(folder: Path, name: str, request: Parcel) -> Parcel | None:

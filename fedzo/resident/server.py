@@ -10,10 +10,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
-from pathlib import Path
 from typing import Any
 
 from fedzo.errors import FedzoError, RunError
+from fedzo.processes import began
 from fedzo.resident.wire import Parcel, key, receive, runtime_directory, send
 
 IDLE = 900.0  # seconds without a request after which a worker ends; FEDZO_IDLE sets another
@@ -115,24 +115,6 @@ class Served:
         if self._alone and not self._nodes and now - max(self._alone, self._last) > self._orphaned:
             return "its nodes are gone"
         return ""
-
-
-def began(pid: int) -> str:
-    """When a process began, in the system's own words, so that another with its number is not taken for it; "": it is
-    gone."""
-    path = Path(f"/proc/{pid}/stat")
-    if Path("/proc/self/stat").exists():
-        try:
-            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            return ""
-        return "" if fields[0] in "ZX" else fields[19]
-    with suppress(PermissionError):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return ""
-    return "there"
 
 
 def main(name: str) -> int:

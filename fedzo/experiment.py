@@ -5,7 +5,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,7 +26,7 @@ from fedzo.federation.ledger import Ledger
 from fedzo.federation.randomness import choose, derive
 from fedzo.federation.replica import Replica, theta_digest
 from fedzo.federation.spec import PROTOCOL, RunSpec
-from fedzo.federation.worker import Worker
+from fedzo.federation.worker import Data, Worker
 from fedzo.models import EncoderClassifier, LoadedModel, add_adapter, add_head, load_model, prefix_activations
 from fedzo.optimizers import OPTIMIZERS, Schedule
 from fedzo.privacy.account import Account, Budget, budget_file
@@ -185,6 +185,24 @@ def open_experiment(config: Config, ledger: Ledger) -> "Experiment":
     if not ledger.spec.mask:
         return Experiment(config)
     return Experiment(config, Mask.from_bytes(ledger.artifact(ledger.spec.mask), f"the mask in {ledger.path}"))
+
+
+class _Later:
+    """A client's examples, tokenised when a batch of them is first asked for.
+
+    Args:
+        count: of examples.
+        load: tokenises them; called at every batch.
+    """
+
+    def __init__(self, count: int, load: Callable[[], EncodedDataset]) -> None:
+        self._count, self._load = count, load
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> Batch:
+        return self._load().batch(indices)
 
 
 class Experiment:
@@ -543,7 +561,7 @@ class Experiment:
             self._terms = config, make_terms(config, sizes, scalars)
         return self._terms[1]
 
-    def _account(self, number: int, spec: RunSpec, folder: Path | None) -> Account | None:
+    def _account(self, number: int, examples: int, spec: RunSpec, folder: Path | None) -> Account | None:
         """A client's own budget, kept below a folder of its machine; None: the server keeps the run's.
 
         Raises:
@@ -552,7 +570,6 @@ class Experiment:
         terms, sanitiser = spec.terms, spec.sanitiser
         if folder is None or terms is None or sanitiser is None or terms.secret:
             return None
-        examples = len(self.client_data(number))
         rate = min(1.0, spec.batch_size / max(1, examples)) if terms.of_examples else None
         release = terms.release(sanitiser.coordinates, rate, units=examples)
         return Account(budget_file(folder, spec.run_id, number), spec.run_id, Budget(terms, release))
@@ -570,18 +587,24 @@ class Experiment:
         weights, self._moved = self.theta0(), True
         return weights
 
-    def worker(self, number: int, replica: Replica, budgets: Path | None = None) -> Worker:
+    def worker(self, number: int, replica: Replica, budgets: Path | None = None, *, later: bool = False) -> Worker:
         """The worker of a client over this process's model.
 
         Args:
             budgets: the folder of its machine in which a client keeps count of what it releases in a private run.
+            later: its examples are tokenised when it is first asked for a round, not now.
         """
+        data: Data
+        if later:
+            data = _Later(len(self._examples(number)), partial(self.client_data, number))
+        else:
+            data = self.client_data(number)
         return Worker(
-            number, replica, self.client_data(number), fingerprint=self.loaded.fingerprint,
+            number, replica, data, fingerprint=self.loaded.fingerprint,
             mask=self.mask.hash if self.mask is not None else "", space_hash=self.space.hash,
             theta0=self.theta0_digest, theta_dtype=self.config.space.theta_dtype,
             quantisation=self.config.model.quantisation, compute_dtype=self.config.model.compute_dtype,
-            account=self._account(number, replica.spec, budgets),
+            account=self._account(number, len(data), replica.spec, budgets),
         )  # fmt: skip
 
     def evaluate(self, theta: Tensor, data: EncodedDataset) -> dict[str, float]:

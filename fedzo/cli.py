@@ -16,10 +16,21 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fedzo import __version__
+from fedzo.cli_deploy import client, deploy
 from fedzo.cli_privacy import app as privacy
 from fedzo.errors import ConfigError, FedzoError, RunError
 from fedzo.runtime import keep_memory
-from fedzo.terminal import Json, Override, Quiet, console, errors, human_bytes, print_figures
+from fedzo.terminal import (
+    Json,
+    Override,
+    Quiet,
+    console,
+    errors,
+    human_bytes,
+    print_figures,
+    shown_event,
+    shown_quality,
+)
 
 INTERRUPTED = 130
 _MASK_ROWS = 16
@@ -61,6 +72,8 @@ app = typer.Typer(
 
 
 app.add_typer(privacy, name="privacy")
+app.add_typer(deploy, name="deploy")
+app.add_typer(client, name="client")
 
 
 class Engine(StrEnum):
@@ -88,8 +101,9 @@ Round = Annotated[str, typer.Option("--round", help='After which round: "last", 
 class _Progress(Progress):
     """A progress bar, with loss, accuracy, scalars and bytes on a line of their own, so that nothing is cut."""
 
-    def __init__(self, rounds: int, done: int, clients: int, sent: int) -> None:
-        self._clients, self._sent, self._round, self._quality = clients, sent, "", ""
+    def __init__(self, rounds: int, done: int, clients: int, sent: int, secret: bool) -> None:
+        """`secret`: who takes part is nobody's to know."""
+        self._clients, self._sent, self._secret, self._round, self._quality = clients, sent, secret, "", ""
         super().__init__(
             TextColumn("round"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=errors,
@@ -102,15 +116,16 @@ class _Progress(Progress):
             yield Text(text, no_wrap=True, overflow="ellipsis")
 
     def round(self, summary: Any) -> None:
-        self._sent += summary.bytes_up
-        dropped = f"  dropped {sum(summary.dropped.values())}" if summary.dropped else ""
-        sent = f"{human_bytes(self._sent / self._clients)} sent by a client"
-        self._round = f"{summary.told}  {summary.scalars} scalars  {sent}{dropped}"
+        parts = [summary.told, f"{summary.scalars} scalars"]
+        if not self._secret:
+            self._sent += summary.bytes_up
+            parts.append(f"{human_bytes(self._sent / self._clients)} sent by a client")
+            parts += [f"dropped {sum(summary.dropped.values())}"] if summary.dropped else []
+        self._round = "  ".join(parts)
         self.update(self._task, completed=summary.round + 1)
 
     def evaluation(self, rounds: int, split: str, metrics: dict[str, float]) -> None:
-        name = next((name for name in ("accuracy", "f1") if name in metrics), "perplexity")
-        shown = f"{name} {metrics[name]:.3f}" if name == "perplexity" else f"{name} {metrics[name]:.1%}"
+        shown = shown_quality(metrics)
         if split == "validation":
             self._quality = shown
         self.console.print(f"[dim]after {rounds} rounds: {split} {shown}, loss {metrics['loss']:.4f}[/dim]")
@@ -151,7 +166,9 @@ def _go(folder: Any, config: Any, quiet: bool, as_json: bool, new: bool = False)
             ledger = engine.run(experiment, folder)
         else:
             _warn_of_data(experiment.splits)
-            with _Progress(config.federation.rounds, done, config.data.clients, sent) as progress:
+            terms = experiment.terms
+            secret = terms is not None and terms.secret
+            with _Progress(config.federation.rounds, done, config.data.clients, sent, secret) as progress:
                 ledger = engine.run(experiment, folder, [progress])
     with ledger:
         _finish(folder, ledger, as_json)
@@ -413,12 +430,20 @@ def evaluate(
 
 
 @app.command()
-def inspect(run: RunPath, as_json: Json = False) -> None:
+def inspect(
+    run: RunPath,
+    following: Annotated[
+        bool, typer.Option("--follow", "-f", help="First show rounds and evaluations, until the run has ended.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """What a run is: configuration, rounds, records, bytes up and down a client, accuracy."""
     from fedzo.config import Config, flatten
     from fedzo.files import strict_json
     from fedzo.report import summarise
 
+    if following:
+        _follow(run, as_json)
     folder, ledger = _open(run)
     with ledger:
         config, figures = folder.load_config(), folder.settled() | summarise(ledger) | _privacy(folder, ledger)
@@ -431,6 +456,28 @@ def inspect(run: RunPath, as_json: Json = False) -> None:
     console.print("\nconfiguration (what differs from the default):")
     for key, value in changed.items():
         console.print(f"  {key} = {value!r}", markup=False)
+
+
+def _follow(run: Path, as_json: bool) -> None:
+    """Prints a run's rounds and evaluations until it has ended; with JSON a line each."""
+    from fedzo.federation.ledger import Ledger
+    from fedzo.files import strict_json
+    from fedzo.report import follow
+    from fedzo.run_folder import RunFolder
+
+    folder = RunFolder(run.parent if run.name == "ledger.sqlite" else run)
+    if not folder.path.is_dir():
+        raise RunError(f"there is no folder {folder.path}; give the one that `fedzo run --out` is given")
+    if not (as_json or folder.ledger.exists()):
+        errors.print(f"waiting for the run in {folder.path} to begin", markup=False)
+    rounds = 0
+    for event in follow(folder):
+        if not rounds:
+            with Ledger(folder.ledger) as ledger:
+                rounds = ledger.spec.rounds
+        print(strict_json(event) if as_json else shown_event(event, rounds), flush=True)
+    if not as_json:
+        print()
 
 
 @app.command()

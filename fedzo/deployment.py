@@ -6,23 +6,28 @@ Every node has a home, a state directory and workers of its own, so that nodes s
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fedzo.config import Config, to_toml
 from fedzo.credentials import make_credentials, make_node_key
 from fedzo.errors import RunError
+from fedzo.events import read_events
 from fedzo.flower import START_TIMEOUT, answers, copy_app, environment_of, free_port, program, tail
 from fedzo.processes import Process, Processes
 from fedzo.relay import Relay
-from fedzo.resident import link
+from fedzo.resident import LOADED, link
+from fedzo.run_folder import RunFolder
 
 # Flower's pace between a message and the process that works on it; its default is 1 s.
 FAST = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05"}
@@ -52,9 +57,14 @@ class Node:
     def up(self) -> bool:
         return self.process is not None and self.process.alive
 
-    def workers(self) -> dict[str, Mapping[str, Any]]:
-        """What its workers say of themselves, by name."""
-        return link.status(self.sockets)
+    def worker(self) -> Mapping[str, Any]:
+        """What its worker says of itself; empty: there is none, or it has not begun."""
+        return next(iter(link.status(self.sockets).values()), {})
+
+    def loads(self) -> int:
+        """Base models that its workers have loaded so far, those that were killed included."""
+        logs = [path.read_text(encoding="utf-8", errors="replace") for path in self.sockets.glob("*.log")]
+        return sum(log.count(LOADED) for log in logs)
 
 
 class Deployment:
@@ -78,12 +88,12 @@ class Deployment:
         )
         self._processes = self._stack.enter_context(Processes())
         self.link: Process | None = None
+        self.nodes: list[Node] = []
         self._superexec: Process | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.credentials = make_credentials(self.home / "credentials")
             self.port = free_port()
-            self.nodes: list[Node] = []
             for number in range(nodes):
                 sockets = self.home / ("s" if share else f"s{number}")
                 sockets.mkdir(mode=0o700, exist_ok=True)
@@ -108,7 +118,10 @@ class Deployment:
         self.close()
 
     def close(self) -> None:
-        """Ends everything that was started, workers included."""
+        """Ends everything that was started, workers included; what those logged stays in their nodes' folders."""
+        for node in self.nodes:
+            for path in node.sockets.glob("*.log"):
+                shutil.copy(path, node.home / f"worker-{path.stem}.log")
         self._stack.close()
 
     def start_link(self) -> None:
@@ -217,8 +230,9 @@ class Deployment:
         """Starts everything: SuperLink, SuperExec, and the nodes, registered."""
         self.start_link()
         self.start_superexec()
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4) as pool:
+            list(pool.map(self.register, self.nodes))  # each takes seconds, most of them Python's start
         for node in self.nodes:
-            self.register(node)
             self.start_node(node)
 
     def kill(self, process: Process | None) -> None:
@@ -256,6 +270,91 @@ def one_thread_each(config: Config, nodes: int) -> Config:
     return config.model_copy(update={"runtime": runtime})
 
 
-def flat(rows: Sequence[Mapping[str, Any]], name: str) -> int:
-    """The sum of a figure over workers."""
-    return sum(int(row.get(name, 0)) for row in rows)
+@dataclass(frozen=True)
+class NodeState:
+    """A node, as `play` shows it; bytes as they pass its connection to the SuperLink."""
+
+    number: int
+    up: bool
+    worker: Mapping[str, Any]
+    loads: int
+    sent: int
+    received: int
+
+
+@dataclass(frozen=True)
+class State:
+    """A deployment, as `play` shows it.
+
+    Attributes:
+        status: of the run, in Flower's words.
+        seconds: since it was submitted.
+        nodes: a row each.
+        lines: what has happened, a line an event, the newest last.
+    """
+
+    status: str
+    seconds: float
+    nodes: tuple[NodeState, ...]
+    lines: tuple[str, ...]
+
+
+def play(
+    deployment: Deployment, config: Config, folder: RunFolder, show: Callable[[State], None], pause: float = 1.0
+) -> dict[str, Any]:
+    """Runs a configuration on a deployment to its end.
+
+    Args:
+        folder: of the run; one that has begun goes on.
+        show: is called about every `pause` seconds.
+
+    Returns:
+        Figures by name: model loads, and by node wire bytes; seconds of a round.
+
+    Raises:
+        RunError: the run failed; the message says what Flower says of it.
+    """
+    _, at = read_events(folder.event_log)
+    start, lines, seconds = time.monotonic(), list[str](), list[float]()
+    run, asked, status, details = deployment.submit(config, folder.path), 0.0, "submitted", ""
+    while not status.startswith("finished"):
+        events, at = read_events(folder.event_log, at)
+        lines += [_line(event) for event in events]
+        seconds += [event["seconds"] for event in events if event["event"] == "round-committed"]
+        over = any(event["event"] in ("run-finished", "run-ended", "run-failed") for event in events)
+        rows = tuple(
+            NodeState(node.number, node.up, node.worker(), node.loads(), node.relay.up, node.relay.down)
+            for node in deployment.nodes
+        )
+        show(State(status, time.monotonic() - start, rows, tuple(lines[-20:])))
+        now = time.monotonic()
+        # Asking takes a process of its own: seldom, but for the beginning and the end.
+        if over or now - asked > (2.0 if not seconds else 10.0):
+            status, details = deployment.outcome(run)
+            asked = now if not over else 0.0
+        time.sleep(pause)
+    if status != "finished:completed":
+        raise RunError(f"Flower's run is {status}: {details.rstrip('.')}. Logs are in {deployment.folder}")
+    rounds, nodes = max(1, len(seconds)), deployment.nodes
+    loads = {node.sockets: node.loads() for node in nodes}  # of nodes that share a worker once
+    return {
+        "nodes": len(nodes),
+        "model_loads": sum(loads.values()),
+        "round_seconds_median": median(seconds) if seconds else None,
+        "wire_up_per_client": round(sum(node.relay.up for node in nodes) / len(nodes)),
+        "wire_down_per_client": round(sum(node.relay.down for node in nodes) / len(nodes)),
+        "wire_per_client_and_round": round(
+            sum(node.relay.up + node.relay.down for node in nodes) / len(nodes) / rounds
+        ),
+    }
+
+
+def _line(event: Mapping[str, Any]) -> str:
+    """An event as a person reads it."""
+    skip = ("time", "level", "event", "run", "round")
+    told = "  ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in event.items()
+        if name not in skip and value not in (None, {}, 0)
+    )
+    return f"{event['time'][11:19]}  round {event['round']}  {event['event']}  {told}"

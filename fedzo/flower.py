@@ -64,9 +64,7 @@ def run_flower(config: Config, out: Path, *, quiet: bool = False) -> None:
     Raises:
         RunError: Flower is not installed, or the run failed.
     """
-    for module in ("flwr", "ray"):
-        if importlib.util.find_spec(module) is None:
-            raise RunError(f'the engine "flower" needs {module}, which is not installed: pip install "fedzo[flower]"')
+    require_flower("ray")
     out = out.resolve()
     log_path = out / "flower.log"
     try:
@@ -93,6 +91,13 @@ def run_flower(config: Config, out: Path, *, quiet: bool = False) -> None:
             status, details = _outcome(home, environment, said)
     if status != "finished:completed":
         raise RunError(f"Flower's run is {status}: {details.rstrip('.')}. Its log is {log_path}")
+
+
+def require_flower(*more: str) -> None:
+    """Raises RunError where Flower, or another module besides, is not installed."""
+    for module in ("flwr", *more):
+        if importlib.util.find_spec(module) is None:
+            raise RunError(f'the engine "flower" needs {module}, which is not installed: pip install "fedzo[flower]"')
 
 
 def copy_app(target: Path) -> Path:

@@ -7,3 +7,5 @@ holds, without a socket.
 
 Only `host` imports torch.
 """
+
+LOADED = "base model loaded: "  # in a worker's log, once for each that it reads

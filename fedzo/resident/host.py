@@ -15,6 +15,7 @@ from fedzo.experiment import Experiment
 from fedzo.federation.replica import Replica
 from fedzo.federation.spec import RunSpec
 from fedzo.federation.worker import Worker
+from fedzo.resident import LOADED
 from fedzo.resident.party import Party
 from fedzo.resident.state import ReplicaFile
 from fedzo.resident.wire import Parcel
@@ -67,7 +68,7 @@ class Resident:
             others = [other for (_, source), (other, _) in self._bases.items() if source == key[1]]
             experiment = others[0].on_base(config.model.quantisation) if others else Experiment(config, self._mask)
             self.loads += 1
-            _log.info("loaded %s (quantisation %s): %d models in this process", key[1], key[0], self.loads)
+            _log.info("%s%s, quantisation %s", LOADED, key[1], key[0])
             replica = experiment.replica(self.spec)
             if self._keep is not None:
                 self._files.append(ReplicaFile(self._keep / self.spec.run_id.hex() / "replica", replica))

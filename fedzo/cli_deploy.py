@@ -1,0 +1,100 @@
+"""`fedzo deploy`: Flower's deployment engine on this machine. `fedzo client`: what this machine's workers do."""
+
+import importlib.util
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fedzo.terminal import Json, Override, Quiet, console, errors, human_bytes, print_figures
+
+deploy = typer.Typer(help="Nodes of their own, with TLS and authentication.", no_args_is_help=True)
+client = typer.Typer(help="The workers that hold models on this machine.", no_args_is_help=True)
+
+
+@deploy.command("local")
+def local(
+    nodes: Annotated[int, typer.Option(min=1, help="SuperNodes, one a client; sets data.clients.")] = 3,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file; none: the embedded default.")
+    ] = None,
+    override: Override = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder, also one to go on with.")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Nodes share one worker, and so one base model.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Start a SuperLink and SuperNodes on loopback, run a configuration on them, and take all of it down again."""
+    from fedzo.config import load_config
+    from fedzo.deployment import Deployment, one_thread_each, play
+    from fedzo.federation.ledger import Ledger
+    from fedzo.flower import require_flower
+    from fedzo.report import plot, summarise
+    from fedzo.run_folder import RunFolder, new_run_path
+
+    require_flower()
+    checked = load_config(config, [*override, f"data.clients={nodes}"]).resolved()
+    folder = RunFolder(out or new_run_path(checked))
+    silent = quiet or as_json
+    with Deployment(folder.path / "deployment", nodes, share=share) as deployment:
+        with nullcontext() if silent else errors.status("starting SuperLink and SuperNodes"):
+            deployment.start()
+        with Live(console=errors, refresh_per_second=4) if not silent else nullcontext() as live:
+            figures = play(
+                deployment,
+                one_thread_each(checked, nodes),
+                folder,
+                lambda state: live.update(_table(state)) if live is not None else None,
+            )
+    with Ledger(folder.ledger) as ledger:
+        if importlib.util.find_spec("matplotlib"):
+            plot(ledger, folder.path)
+        print_figures({"run": str(folder.path), **folder.settled(), **summarise(ledger), **figures}, as_json)
+
+
+def _table(state: Any) -> Group:
+    """What a deployment does: nodes with their workers and bytes, and its last rounds."""
+    nodes = Table("node", "SuperNode", "worker", "memory", "model loads", "at round", "sent", "received", box=None)
+    for row in state.nodes:
+        worker = row.worker
+        nodes.add_row(
+            str(row.number),
+            "up" if row.up else "down",
+            "none" if not worker else "busy" if worker.get("busy") else "waits",
+            human_bytes(worker.get("memory", 0)) if worker else "",
+            str(row.loads),
+            f"{worker.get('round', 0)}/{worker.get('rounds', 0)}" if worker else "",
+            human_bytes(row.sent),
+            human_bytes(row.received),
+        )
+    lines = [Text(line) for line in state.lines[-8:]]
+    return Group(nodes, Text(f"{state.status}, {state.seconds:.0f} s", style="bold"), *lines)
+
+
+@client.command("status")
+def status(as_json: Json = False) -> None:
+    """Show the workers of this user on this machine: their runs, clients, models and memory."""
+    from fedzo.files import strict_json
+    from fedzo.resident import link
+
+    found = link.status()
+    if as_json:
+        print(strict_json({"workers": [{"worker": name, **fields} for name, fields in found.items()]}))
+        return
+    if not found:
+        console.print("no worker runs")
+        return
+    table = Table("worker", "pid", "run", "clients", "device", "base", "loads", "round", "memory", "state", box=None)
+    for name, w in found.items():
+        table.add_row(
+            name, str(w["pid"]), str(w.get("run", "")), ", ".join(map(str, w.get("clients", []))),
+            str(w.get("device", "")), "\n".join(map(str, w.get("bases", []))), str(w.get("loads", 0)),
+            f"{w.get('round', 0)}/{w.get('rounds', 0)}", human_bytes(int(w.get("memory", 0))),
+            "busy" if w["busy"] else f"idle {w['idle']:.0f} s",
+        )  # fmt: skip
+    console.print(table)

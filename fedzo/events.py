@@ -10,7 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +41,7 @@ Event = Literal[
 _OF_A_ROUND = ("drop", "snapshot-sent", "client-lost")
 # Lines of one event in one round at most, but for level DEBUG.
 MOST = 50
-_LONGEST = 300  # characters of a text
+_LONGEST = 1000  # characters of a text
 LEVEL = "FEDZO_LOG_LEVEL"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -61,7 +61,7 @@ class Events:
         Args:
             level: of `logging`; DEBUG for what happens to each client in each round.
             round_: that it belongs to; None: the round in flight, which is the number of committed ones.
-            fields: numbers, texts (cut to 300 characters) and dicts of them, none called time, level, event or run.
+            fields: numbers, texts (cut to 1,000 characters) and dicts of them, none called time, level, event or run.
         """
         if not _log.isEnabledFor(level) or (self._secret and event in _OF_A_ROUND):
             return
@@ -142,7 +142,8 @@ def recorded(path: Path) -> Iterator[None]:
     finally:
         _log.removeHandler(handler)
         _log.setLevel(before)
-        handler.close()
+        with suppress(OSError):  # told when the line was written
+            handler.close()
 
 
 def read_events(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:

@@ -41,17 +41,42 @@ def spent(ledger: Ledger, budgets: Path) -> list[Spent]:
     Raises:
         RunError: a client's budget cannot be read.
     """
+    delta = 0.0 if ledger.spec.terms is None else ledger.spec.terms.delta
+    return [
+        Spent(client, releases, release, epsilon(release, releases, delta), own)
+        for client, releases, release, own in _charged(ledger, budgets)
+    ]
+
+
+def epsilon_spent(ledger: Ledger, budgets: Path) -> float:
+    """The largest epsilon of a client's, or of everyone's, so far; 0 of a run that is not private.
+
+    Clients with no more releases than another, at no higher a rate, are not accounted for one by one, as `spent` does.
+
+    Raises:
+        RunError: as `spent`.
+    """
+    ahead: list[tuple[int, Release]] = []
+    charged = ((releases, release) for _, releases, release, _ in _charged(ledger, budgets))
+    for releases, release in sorted(charged, key=lambda one: (-one[0], -one[1].rate)):
+        if not any(release.rate <= other.rate and release.units == other.units for _, other in ahead):
+            ahead.append((releases, release))
+    delta = 0.0 if ledger.spec.terms is None else ledger.spec.terms.delta
+    return max((epsilon(release, releases, delta) for releases, release in ahead), default=0.0)
+
+
+def _charged(ledger: Ledger, budgets: Path) -> list[tuple[int | None, int, Release, bool]]:
+    """What `spent` tells, but for epsilon."""
     terms, sanitiser = ledger.spec.terms, ledger.spec.sanitiser
     if terms is None or sanitiser is None:
         return []
-    charges, found = ledger.charges(), []
+    charges, found = ledger.charges(), list[tuple[int | None, int, Release, bool]]()
     for client in [None] if terms.secret else range(ledger.spec.clients):
         releases, rate, own = charges[client], terms.rate, False
         units = ledger.spec.clients if client is None else round(ledger.spec.batch_size / terms.rate)
         if client is not None and (kept := Kept.read(budget_file(budgets, ledger.spec.run_id, client))) is not None:
             releases, rate, units, own = kept.releases, kept.rate, kept.units, True
-        release = terms.release(sanitiser.coordinates, rate, units)
-        found.append(Spent(client, releases, release, epsilon(release, releases, terms.delta), own))
+        found.append((client, releases, terms.release(sanitiser.coordinates, rate, units), own))
     return found
 
 

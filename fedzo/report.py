@@ -1,15 +1,18 @@
 """What a run is and did: its figures, its verification, its plots."""
 
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedzo.engine import best_round
 from fedzo.errors import LedgerError, RunError
+from fedzo.events import read_events
 from fedzo.experiment import Experiment
 from fedzo.federation.ledger import Ledger
+from fedzo.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,6 +100,43 @@ def _base(member: Mapping[str, Any]) -> str:
     """ "nf4", and "nf4 in bfloat16" where that is not float32."""
     dtype = "" if member["compute_dtype"] == "float32" else f" in {member['compute_dtype']}"
     return f"{member['quantisation']}{dtype}"
+
+
+def follow(folder: RunFolder, pause: float = 0.5) -> Iterator[dict[str, Any]]:
+    """Rounds and evaluations of a run, as in metrics.jsonl, in order, those to come as they are committed by whichever
+    process runs it; ends with the run. The ledger is only read, and waited for.
+
+    Args:
+        pause: seconds between two looks.
+
+    Raises:
+        RunError: the run stopped before its end while it was followed.
+    """
+    while not folder.ledger.exists():
+        time.sleep(pause)
+    rounds, seen = 0, set[tuple[str, int]]()
+    _, at = read_events(folder.event_log)
+    while True:
+        events, at = read_events(folder.event_log, at)
+        with Ledger(folder.ledger) as ledger:
+            # Evaluations first: the rounds that they come after are there then.
+            evaluations = {split: ledger.evaluations(split) for split in ("validation", "test")}
+            new = [(one["round"] + 1, {"event": "round", **one}) for one in ledger.summaries(rounds)]
+            rounds += len(new)
+            over = bool(ledger.ended) or rounds == ledger.spec.rounds
+        for split, found in evaluations.items():
+            for after in sorted(found.keys() - {after for known, after in seen if known == split}):
+                seen.add((split, after))
+                new.append((after, {"event": "evaluation", "rounds": after, "split": split, **found[after]}))
+        yield from (one for _, one in sorted(new, key=lambda pair: pair[0]))
+        # A run with test data is evaluated on it first and last.
+        if over and rounds in evaluations["validation"] and (rounds in evaluations["test"] or not evaluations["test"]):
+            return
+        for event in events:
+            if event.get("event") in ("run-failed", "run-interrupted"):
+                why = event.get("message") or event.get("error") or "it was interrupted"
+                raise RunError(f"the run in {folder.path} stopped after {rounds} rounds: {why}")
+        time.sleep(pause)
 
 
 def verify(ledger: Ledger, experiment: Experiment | None, progress: Callable[[int], None] = lambda _: None) -> int:

@@ -1,7 +1,8 @@
-"""The folder of a run: config.toml, ledger.sqlite, metrics.jsonl, TensorBoard events, plots, step_size.json.
+"""The folder of a run: config.toml, ledger.sqlite, metrics.jsonl, TensorBoard and other events, plots, step_size.json.
 
 Clients of a private run that noise what they send keep their budgets in `budgets`, when they run on this machine.
-The ledger is the truth; metrics.jsonl and the events are written along for other tools and made anew on resume.
+The ledger is the truth; metrics.jsonl and TensorBoard's events are written along for other tools and made anew on
+resume. events.jsonl (`fedzo.events`) is appended to.
 """
 
 import fcntl
@@ -20,8 +21,14 @@ from fedzo.errors import RunError
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.ledger import Ledger
 from fedzo.files import strict_json, write_atomically
+from fedzo.privacy_report import epsilon_spent
 from fedzo.step_size import StepSize
 
+# Of a round, beside what was dropped.
+_PLOTTED = (
+    "loss", "clip", "accepted", "bytes_up", "bytes_down", "artifact_bytes", "max_scalar", "replies", "seconds",
+    "latency_median", "latency_max", "epsilon",
+)  # fmt: skip
 BUDGETS = "budgets"  # in it a folder by the run's id, in which a file for each client
 
 
@@ -135,11 +142,16 @@ def new_run_path(config: Config, now: float | None = None) -> Path:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events: one line a round, one an evaluation."""
+    """metrics.jsonl and TensorBoard events: one line a round, one an evaluation.
+
+    Of the rounds of this process they have more than the ledger keeps: seconds, latencies, and of a private run about a
+    hundred times the epsilon spent so far.
+    """
 
     def __init__(self, folder: RunFolder, ledger: Ledger) -> None:
         """Opens the log at where the ledger stands: lines that a crash lost or left too much are made right."""
-        self._metrics = folder.metrics
+        self._metrics, self._ledger, self._budgets = folder.metrics, ledger, folder.path / BUDGETS
+        self._reasons: set[str] = set()
         self._secret = ledger.spec.terms is not None and ledger.spec.terms.secret
         summaries = ledger.summaries()
         evaluations = [
@@ -160,7 +172,7 @@ class MetricsLog:
             self._plot_evaluation(rounds, split, metrics)
 
     def round(self, summary: RoundSummary) -> None:
-        kept = summary.kept(self._secret)
+        kept = summary.kept(self._secret) | self._privacy(summary.round + 1)
         self._write(_round_line(kept))
         self._plot_round(kept)
 
@@ -168,15 +180,24 @@ class MetricsLog:
         self._write(_evaluation_line(rounds, split, metrics))
         self._plot_evaluation(rounds, split, metrics)
 
+    def _privacy(self, rounds: int) -> dict[str, float]:
+        """The epsilon of a private run after so many rounds, where it is looked at: accounting takes time."""
+        spec = self._ledger.spec
+        if spec.terms is None or (rounds % max(1, spec.rounds // 100) and rounds != spec.rounds):
+            return {}
+        return {"epsilon": epsilon_spent(self._ledger, self._budgets)}
+
     def _write(self, line: str) -> None:
         with _written(self._metrics):
             self._file.write(line)
             self._file.flush()
 
     def _plot_round(self, summary: Mapping[str, Any]) -> None:
-        plotted = ("loss", "clip", "accepted", "bytes_up", "bytes_down", "artifact_bytes", "max_scalar")
-        values = {name: summary[name] for name in plotted}
-        values["dropped"] = None if summary["dropped"] is None else sum(summary["dropped"].values())
+        values = {name: summary.get(name) for name in _PLOTTED}
+        if (dropped := summary["dropped"]) is not None:
+            self._reasons |= dropped.keys()  # one that was there before is 0 where it is not
+            values["dropped"] = sum(dropped.values())
+            values |= {f"dropped/{reason}": dropped.get(reason, 0) for reason in sorted(self._reasons)}
         self._plot({f"round/{name}": value for name, value in values.items()}, summary["round"] + 1)
 
     def _plot_evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:

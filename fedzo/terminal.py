@@ -1,5 +1,6 @@
 """What the commands share: their options, and how figures are printed."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,28 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def shown_quality(metrics: Mapping[str, float]) -> str:
+    """What a task is judged by first."""
+    name = next((name for name in ("accuracy", "f1") if name in metrics), "perplexity")
+    return f"{name} {metrics[name]:.3f}" if name == "perplexity" else f"{name} {metrics[name]:.1%}"
+
+
+def shown_event(event: Mapping[str, Any], rounds: int) -> str:
+    """A round of so many, or an evaluation, in a line; what a private run keeps to itself is left out."""
+    from fedzo.federation.coordinator import RoundSummary
+
+    if event["event"] == "evaluation":
+        return f"after {event['rounds']} rounds: {event['split']} {shown_quality(event)}, loss {event['loss']:.4f}"
+    summary = RoundSummary(**{name: value for name, value in event.items() if name != "event"})
+    parts = [f"round {summary.round + 1}/{rounds}", summary.told]
+    if event["sampled"] is not None:
+        dropped = ", ".join(f"{reason} {count}" for reason, count in event["dropped"].items())
+        up, down = human_bytes(event["bytes_up"]), human_bytes(event["bytes_down"])
+        parts += [f"{event['accepted']} of {event['sampled']} clients", f"{up} up", f"{down} down"]
+        parts += [f"dropped: {dropped}"] if dropped else []
+    return "  ".join(parts)
 
 
 _NAMES = {

@@ -180,6 +180,7 @@ class Ledger:
             scratch.unlink(missing_ok=True)
             db = sqlite3.connect(scratch)
             try:
+                db.execute("PRAGMA journal_mode=WAL")  # here, where nobody reads it yet: readers would be in the way
                 db.executescript(_SCHEMA)
                 db.execute("INSERT INTO header VALUES (0, ?, 0, ?)", (spec.to_json(), spec.hash))
                 for name, data in (artifacts or {}).items():
@@ -365,9 +366,10 @@ class Ledger:
         row = self._one("SELECT reason FROM ending")
         return str(row[0]) if row else ""
 
-    def summaries(self) -> list[dict[str, Any]]:
-        """The summaries of all rounds, in order."""
-        return [self._json(text) for (text,) in self._all("SELECT summary FROM rounds ORDER BY round")]
+    def summaries(self, start: int = 0) -> list[dict[str, Any]]:
+        """The summaries of the rounds from `start` on, in order."""
+        rows = self._all("SELECT summary FROM rounds WHERE round >= ? ORDER BY round", start)
+        return [self._json(text) for (text,) in rows]
 
     def _json(self, text: str) -> dict[str, Any]:
         try:

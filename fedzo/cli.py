@@ -28,6 +28,7 @@ from fedzo.terminal import (
     errors,
     human_bytes,
     print_figures,
+    print_table,
     shown_event,
     shown_quality,
 )
@@ -640,11 +641,7 @@ def show_methods(
         print(strict_json(asdict(found[0]) if name else [asdict(one) for one in found]))
         return
     if not name:
-        rows = [row(one) for one in found]
-        widths = {column: max(len(column), *(len(cells[column]) for cells in rows)) for column in rows[0]}
-        for cells in [{column: column for column in widths}, *rows]:
-            line = "  ".join(f"{cells[column]:{width}}" for column, width in widths.items())
-            console.print(line.rstrip(), markup=False)
+        print_table([row(one) for one in found])
         return
     (one,) = found
     print_figures(row(one) | {"title": one.title} | ({"paper": one.paper} if one.paper else {}), False)

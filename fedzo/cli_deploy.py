@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedzo.terminal import Json, Override, Quiet, console, errors, human_bytes, print_figures
+from fedzo.terminal import Json, Override, Quiet, console, errors, human_bytes, print_figures, print_table
 
 deploy = typer.Typer(help="Nodes of their own, with TLS and authentication.", no_args_is_help=True)
 client = typer.Typer(help="The workers that hold models on this machine.", no_args_is_help=True)
@@ -89,12 +89,20 @@ def status(as_json: Json = False) -> None:
     if not found:
         console.print("no worker runs")
         return
-    table = Table("worker", "pid", "run", "clients", "device", "base", "loads", "round", "memory", "state", box=None)
-    for name, w in found.items():
-        table.add_row(
-            name, str(w["pid"]), str(w.get("run", "")), ", ".join(map(str, w.get("clients", []))),
-            str(w.get("device", "")), "\n".join(map(str, w.get("bases", []))), str(w.get("loads", 0)),
-            f"{w.get('round', 0)}/{w.get('rounds', 0)}", human_bytes(int(w.get("memory", 0))),
-            "busy" if w["busy"] else f"idle {w['idle']:.0f} s",
-        )  # fmt: skip
-    console.print(table)
+    print_table(
+        [
+            {
+                "worker": name,
+                "pid": str(fields["pid"]),
+                "state": "busy" if fields["busy"] else f"idle {fields['idle']:.0f} s",
+                "run": str(fields.get("run", "")),
+                "clients": " ".join(map(str, fields.get("clients", []))),
+                "round": f"{fields.get('round', 0)}/{fields.get('rounds', 0)}",
+                "loads": str(fields.get("loads", 0)),
+                "memory": human_bytes(int(fields.get("memory", 0))),
+                "device": str(fields.get("device", "")),
+                "base": ", ".join(map(str, fields.get("bases", []))),
+            }
+            for name, fields in found.items()
+        ]
+    )

@@ -42,6 +42,8 @@ class Node:
         home: folder of its state, caches and log.
         sockets: folder of its workers' sockets.
         relay: what its connection to the SuperLink goes through.
+        config: its owner's, for --node-config.
+        environment: besides what every node has.
         process: None: it is not started.
     """
 
@@ -51,6 +53,7 @@ class Node:
     key: Path
     relay: Relay
     config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     process: Process | None = None
 
     @property
@@ -89,7 +92,7 @@ class Deployment:
         self._processes = self._stack.enter_context(Processes())
         self.link: Process | None = None
         self.nodes: list[Node] = []
-        self._superexec: Process | None = None
+        self.superexec: Process | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.credentials = make_credentials(self.home / "credentials")
@@ -145,7 +148,7 @@ class Deployment:
 
     def start_superexec(self) -> None:
         """Starts what runs the ServerApp: apart from the SuperLink, so that each may die without the other."""
-        self._superexec = self._processes.start(
+        self.superexec = self._processes.start(
             [
                 program("flower-superexec"), "--runtime-api-address", f"127.0.0.1:{self.port}",
                 "--root-certificates", str(self.credentials.authority),
@@ -169,6 +172,7 @@ class Deployment:
             "FEDZO_STATE": str(home / "state"),
             "FEDZO_CACHE": str(home / "cache"),
             "FEDZO_RUNTIME": str(node.sockets),
+            **node.environment,
         }
         node_config = " ".join(f"{name}={json.dumps(value)}" for name, value in node.config.items())
         node.process = self._processes.start(
@@ -241,6 +245,11 @@ class Deployment:
             process.signal(signal.SIGKILL)
             while process.alive:
                 time.sleep(0.01)
+
+    def forget(self) -> None:
+        """Loses the SuperLink's database, which must not run."""
+        for path in self.home.glob("superlink.sqlite*"):
+            path.unlink()
 
     def server_app(self) -> list[int]:
         """Process ids of the ServerApp."""

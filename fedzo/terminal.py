@@ -1,6 +1,6 @@
 """What the commands share: their options, and how figures are printed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +46,13 @@ def shown_event(event: Mapping[str, Any], rounds: int) -> str:
         parts += [f"{event['accepted']} of {event['sampled']} clients", f"{up} up", f"{down} down"]
         parts += [f"dropped: {dropped}"] if dropped else []
     return "  ".join(parts)
+
+
+def print_table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Rows with the same columns, a line each, however long: nothing is cut."""
+    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]}
+    for row in [{column: column for column in widths}, *rows]:
+        console.print("  ".join(f"{row[column]:{width}}" for column, width in widths.items()).rstrip(), markup=False)
 
 
 _NAMES = {

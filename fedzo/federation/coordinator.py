@@ -117,6 +117,27 @@ class _Open:
     artifact_bytes: int = 0
 
 
+@dataclass
+class _Vain:
+    """What a client was asked since an answer of its was taken.
+
+    Attributes:
+        rounds: in which it was.
+        granted: of them, those in which it was sent a catch-up that it had asked for.
+        due: the round from which on it may ask for one again.
+    """
+
+    rounds: int = 0
+    granted: int = 0
+    due: int = 0
+
+    def add(self, round_: int, granted: bool) -> None:
+        self.rounds += 1
+        if granted:
+            self.granted += 1
+            self.due = round_ + 2**self.granted
+
+
 class Coordinator:
     """Runs the rounds of a ledger.
 
@@ -143,7 +164,7 @@ class Coordinator:
         self._tails: dict[int, CatchUp] = {}
         self._records: dict[int, RoundRecords] = {}
         self._snapshot = b""
-        self._fruitless = Counter[int]()  # times running that a client was asked and gave nothing that was taken
+        self._vain: dict[int, _Vain] = {}  # of clients whose last answer was not taken
         self._greeted: dict[int, dict[str, Any]] = {}  # not yet recorded in the ledger
         self._artifact_bytes = 0
         self._terms, self._sanitiser = self.spec.terms, self.spec.sanitiser
@@ -291,8 +312,9 @@ class Coordinator:
         shared = assign_all(round_seeds(spec.seed, "shared", round_, 0, shape))
         self._open = _Open(round_, seeds, shared, bytes_down=sent, artifact_bytes=sent)
         self._tails, self._records, self._snapshot = {}, {}, b""
-        # Who gave nothing for two rounds may be gone, and is sent what it missed when it says so (`Behind`).
-        return [self._plan(c, round_ if self._fruitless[c] > 1 else self.members[c].applied) for c in seeds]
+        # Who gave nothing in two rounds may be gone, and is sent what it missed when it asks (`Behind`).
+        gone = {client for client, vain in self._vain.items() if vain.rounds > 1}
+        return [self._plan(c, round_ if c in gone else self.members[c].applied) for c in seeds]
 
     def _sample(self, round_: int) -> list[int]:
         """The clients of a round."""
@@ -374,10 +396,9 @@ class Coordinator:
             if isinstance(message, Behind) and self._fault(client, message) is None:
                 # The second new plan of a round starts at theta0, so that any process of the client can use it, and is
                 # the last: a client that asks again and again would have the whole history sent each time. One that
-                # gives nothing for it is heard ever more rarely: the 1st, 2nd, 4th, 8th time running.
-                tries = self._fruitless[client]
-                patient = tries & (tries - 1) == 0 and current.rewound[client] < 2
-                if patient and message.applied < current.starts[client]:
+                # gives nothing for it waits for the next twice as long each time.
+                due = client not in self._vain or self._vain[client].due <= current.round
+                if due and message.applied < current.starts[client] and current.rewound[client] < 2:
                     start = self.members[client].applied = 0 if current.rewound[client] else message.applied
                     current.rewound[client] += 1
                     return self._plan(client, start)
@@ -504,8 +525,10 @@ class Coordinator:
             raise ProtocolError("no round is open")
         for client in current.seeds:
             self.lost(client)
-            taken = client in current.contributions or client in current.held
-            self._fruitless[client] = 0 if taken else self._fruitless[client] + 1
+            if client in current.contributions or client in current.held:
+                self._vain.pop(client, None)
+            else:
+                self._vain.setdefault(client, _Vain()).add(current.round, current.rewound[client] > 0)
         entry = self._entry(current)
         self.replica.apply([entry.records()])
         if spec.has_digest(current.round):

@@ -1,0 +1,425 @@
+"""Hostile replies, small enough to shrink: what the server's parser and validator do with them.
+
+`simulations/fuzz_server.py` is the long version, with the embedded model and Flower.
+"""
+
+import copy
+import dataclasses
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_hybrid import hybrid_spec
+from test_messages import plans
+from tiny import Federation, answer, make_spec, make_terms, make_worker, private_spec, rounds_of, start
+
+from fedzo.errors import ProtocolError, shown
+from fedzo.federation.messages import (
+    Behind,
+    CatchUp,
+    Contribution,
+    Failure,
+    Held,
+    Hello,
+    Plan,
+    RoundRecords,
+    decode,
+    decode_answer,
+)
+from fedzo.federation.replica import theta_digest
+from fedzo.federation.spec import PROTOCOL, RunSpec
+
+
+def quick(examples: int) -> settings:
+    """The same examples each time."""
+    health = list(HealthCheck)
+    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=health)
+
+
+UINT8, UINT16, UINT32 = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32))
+
+
+def little(size: int, values: st.SearchStrategy[int]) -> st.SearchStrategy[bytes]:
+    return values.map(lambda value: value.to_bytes(size, "little"))
+
+
+def joined(*parts: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    return st.tuples(*parts).map(b"".join)
+
+
+# A message field by field, each of any value; the lengths that it states are often small, so that some of them fit.
+SMALL = st.integers(0, 3) | UINT16
+HEAD = joined(
+    st.just(b"fz") | st.binary(min_size=2, max_size=2), little(1, st.just(PROTOCOL) | UINT8),
+    little(1, st.integers(0, 8) | UINT8), st.binary(min_size=8, max_size=8), little(4, UINT32), little(4, UINT32),
+)  # fmt: skip
+BODY = st.one_of(
+    st.just(b""), little(1, UINT8), little(4, UINT32),
+    joined(little(2, SMALL), little(2, SMALL), little(4, UINT32), little(4, UINT32)),
+    joined(little(2, SMALL), little(2, SMALL), little(4, UINT32), little(4, UINT32), little(4, SMALL | UINT32)),
+    joined(little(2, SMALL), little(2, SMALL), little(2, SMALL)),
+)  # fmt: skip
+MESSAGE = joined(
+    HEAD, BODY, st.integers(0, 30).flatmap(lambda words: st.binary(min_size=4 * words, max_size=4 * words))
+)
+
+
+@quick(500)
+@given(MESSAGE)
+def test_what_is_parsed_is_what_would_be_sent(data: bytes) -> None:
+    """There is one way to write a message, so nothing is hidden in one."""
+    try:
+        message = decode_answer(data)
+    except ProtocolError as error:
+        assert len(str(error)) < 200
+        return
+    assert not isinstance(message, Plan)
+    if not isinstance(message, Contribution) or message.loss is None or message.loss == message.loss:
+        assert message.to_bytes() == data
+
+
+@quick(100)
+@given(plans())
+def test_a_plan_knows_its_length(plan: Plan) -> None:
+    assert plan.nbytes == len(plan.to_bytes())
+    with pytest.raises(ProtocolError, match="a plan, wanted an answer"):
+        decode_answer(plan.to_bytes())
+
+
+def test_a_plan_of_many_empty_rounds_is_refused_unparsed() -> None:
+    empty = RoundRecords(np.empty((0, 0), np.uint64), np.empty((0, 0), np.float32))
+    plan = Plan(
+        bytes(8), 1, 0, np.empty((0, 0), np.uint64), 0.1, 1, bytes(32), CatchUp("records", 0, 1, (empty,) * 5_000)
+    )
+    data = plan.to_bytes()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            decode_answer(data)
+        refused = tracemalloc.get_traced_memory()[1]
+        decode(data)
+        parsed = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert refused < 10_000 < 10 * len(data) < parsed
+
+
+# -- the validator, in runs of every kind
+
+
+def _specs() -> Iterator[tuple[str, RunSpec]]:
+    yield "plain", make_spec()
+    yield "local steps", make_spec(local_steps=2, seeds="independent")
+    yield "gradients", hybrid_spec(local_steps=2)
+    yield "two scalars", hybrid_spec("adam", 0.02, estimator="hizoo", optimizer="hizoo", family="gaussian")
+    for mode in ("client-local", "client-central", "client-secagg"):
+        yield mode, private_spec(make_terms(mode, clipping="adaptive"), aggregation="uniform", local_steps=2)
+
+
+SPECS = dict(_specs())
+ROUND = 2  # that is open
+# What a right contribution's fields may be replaced by; a value that is right by chance is sorted out by `_right`.
+FLOATS = st.floats(width=32) | st.sampled_from([float("nan"), float("inf"), 1e4, -1.0001e4, 3.4e38, 1e-45])
+
+
+@dataclasses.dataclass
+class Open:
+    """A run with a round open, and each client's right answer to it."""
+
+    run: Federation
+    right: dict[int, bytes]
+    pristine: tuple[Any, ...]
+
+    def reset(self) -> None:
+        coordinator = self.run.coordinator
+        kept = copy.deepcopy(self.pristine)
+        coordinator._open, coordinator.members, coordinator._vain, coordinator._spent = kept
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Open]:
+    found = {}
+    for name, spec in SPECS.items():
+        run = start(tmp_path_factory.mktemp("fuzz"), spec)
+        for _ in range(ROUND):
+            run.round()
+        asked = run.coordinator.open_round()
+        right = {plan.client: answer(run.workers[plan.client], plan.to_bytes()) for plan in asked}
+        server = run.coordinator
+        state = server._open, server.members, server._vain, server._spent
+        found[name] = Open(run, right, copy.deepcopy(state))
+    return found
+
+
+def _right(opened: Open, client: int, message: Contribution) -> bool:
+    """An oracle of its own: whether a contribution is one that the protocol lets into a round."""
+    spec, plan = opened.run.coordinator.spec, decode(opened.right[client])
+    assert isinstance(plan, Contribution)
+    same = [getattr(message, name) == getattr(plan, name) for name in ("run_id", "round", "client", "examples")]
+    shapes = [
+        (None if one is None else one.shape) == (None if other is None else other.shape)
+        for one, other in (
+            (message.seeds, plan.seeds), (message.scalars, plan.scalars), (message.gradients, plan.gradients),
+            (message.counts, plan.counts),
+        )
+    ]  # fmt: skip
+    values = [array.ravel() for array in (message.scalars, message.gradients, message.counts) if array is not None]
+    bounded = bool((np.abs(np.concatenate(values)) <= spec.scalar_bound).all())
+    loss = message.loss is None or abs(message.loss) < float("inf")
+    return all(same) and all(shapes) and message.seeds.tolist() == plan.seeds.tolist() and bounded and loss
+
+
+@st.composite
+def contributions(draw: st.DrawFn, right: Contribution) -> bytes:
+    """A right contribution with some of its fields replaced."""
+    changes: dict[str, Any] = {}
+    for name in draw(st.lists(st.sampled_from([stated.name for stated in dataclasses.fields(right)]), max_size=2)):
+        value = getattr(right, name)
+        if name == "run_id":
+            changes[name] = draw(st.binary(min_size=8, max_size=8))
+        elif name in ("round", "client"):
+            changes[name] = draw(st.integers(0, 5) | UINT32)
+        elif name == "seeds":
+            changes[name] = value ^ np.uint64(draw(st.integers(0, 2**64 - 1)))
+        elif name == "examples" and value is not None:
+            changes[name] = draw(UINT32)
+        elif name == "loss" and value is not None:
+            changes[name] = draw(FLOATS)
+        elif isinstance(value, np.ndarray) and value.size:
+            array = value.copy()
+            array.ravel()[draw(st.integers(0, array.size - 1))] = draw(FLOATS)
+            changes[name] = array if draw(st.booleans()) else array[: draw(st.integers(0, len(array)))]
+    if "scalars" in changes and len(changes["scalars"]) != len(right.seeds):
+        changes["seeds"] = right.seeds[: len(changes["scalars"])]
+        changes |= {} if right.gradients is None else {"gradients": right.gradients[: len(changes["scalars"])]}
+    return dataclasses.replace(right, **changes).to_bytes()
+
+
+@st.composite
+def edits(draw: st.DrawFn, right: bytes) -> bytes:
+    """Bytes with some replaced, cut or added."""
+    data = bytearray(right)
+    for at, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), UINT8), max_size=3)):
+        data[at] = value
+    return bytes(data[: len(data) - draw(st.integers(0, len(data)))]) + draw(st.binary(max_size=20))
+
+
+@st.composite
+def replies(draw: st.DrawFn, opened: Open) -> tuple[int, bytes]:
+    """Whom the transport says that it comes from, and the message."""
+    spec, sender = opened.run.coordinator.spec, draw(st.sampled_from([*range(-1, 6), 2**40]))
+    data = opened.right[draw(st.sampled_from([sender] if sender in opened.right else sorted(opened.right)))]
+    message, numbers = decode(data), st.integers(0, 4) | UINT32
+    own = {
+        "run_id": spec.run_id,
+        "round": draw(st.just(ROUND) | numbers),
+        "client": draw(st.just(max(sender, 0)) | numbers),
+    }
+    own["client"] %= 2**32
+    reasons = st.sampled_from(["digest", "not-finite", "budget"])
+    made = [
+        edits(data), MESSAGE, st.just(data), numbers.map(lambda applied: Behind(**own, applied=applied)),
+        reasons.map(lambda reason: Failure(**own, reason=reason)), st.just(Held(**own)),
+    ]  # fmt: skip
+    if isinstance(message, Contribution):
+        made.append(contributions(message))
+    found = draw(st.one_of(made))
+    return sender, found if isinstance(found, bytes) else found.to_bytes()
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+@quick(100)
+@given(data=st.data())
+def test_replies_are_taken_only_if_right_and_each_is_counted(
+    opened: dict[str, Open], name: str, data: st.DataObject
+) -> None:
+    one = opened[name]
+    one.reset()
+    server, ledger = one.run.coordinator, one.run.ledger
+    before = ledger.head, ledger.rounds, theta_digest(server.replica.theta), len(ledger.members())
+    current = server._open
+    assert current is not None
+    sent = data.draw(st.lists(replies(one), min_size=1, max_size=8))
+    renewed = sum(server.receive(client, message) is not None for client, message in sent)
+    taken = len(current.contributions) + len(current.held)
+    assert taken + renewed + current.dropped.total() == len(sent)
+    for client, kept in current.contributions.items():
+        assert _right(one, client, kept)
+    for client in current.held:
+        assert (client, Held(server.spec.run_id, ROUND, client).to_bytes()) in sent
+    assert renewed <= 2 * len(current.rewound)
+    assert {*current.contributions, *current.held, *current.answered, *current.rewound} <= set(one.right)
+    assert set(server.members) == set(range(4)) and current.bytes_up == sum(len(message) for _, message in sent)
+    assert (ledger.head, ledger.rounds, theta_digest(server.replica.theta), len(ledger.members())) == before
+
+
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The hashes of runs in which clients 1 and 3 never answer."""
+    found = {}
+    for name in ("plain", "local steps", "gradients"):
+        run = start(tmp_path_factory.mktemp("silent"), SPECS[name])
+        found[name] = run.finish(lambda round_, client, data: [] if client % 2 else [data])
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "local steps", "gradients"])
+@quick(15)
+@given(data=st.data())
+def test_a_run_among_hostile_clients_has_the_ledger_of_one_without(
+    silent: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    run = start(tmp_path_factory.mktemp("hostile"), SPECS[name])
+    old: list[bytes] = []
+
+    def tamper(round_: int, client: int, right: bytes) -> list[bytes]:
+        if client % 2 == 0:
+            return [right]
+        old.append(right)
+        message = decode(right)
+        sent = [data.draw(edits(right)) if data.draw(st.booleans()) else data.draw(st.sampled_from(old))]
+        if isinstance(message, Contribution):
+            sent.append(
+                dataclasses.replace(
+                    message, loss=float("nan"), round=data.draw(st.sampled_from([round_, 0]))
+                ).to_bytes()
+            )
+        # All but what is right, or right but for a loss or scalars of other right values.
+        return [one for one in sent if one[:32] != right[:32] or len(one) != len(right) or message_loss_is_nan(one)]
+
+    assert run.finish(tamper) == silent[name]
+    assert rounds_of(run.ledger)[-1].clients == (0, 2)
+
+
+def message_loss_is_nan(data: bytes) -> bool:
+    message = decode(data)
+    return isinstance(message, Contribution) and message.loss is not None and message.loss != message.loss
+
+
+# -- the handshake
+
+VALUES = st.one_of(
+    st.text(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.booleans(), st.binary(), st.none(),
+    st.lists(st.text()), st.sampled_from(["\x1b[2J", "a\nb", "\u202e", "x" * 100_000, "nf4", "\x9b31m", "\ud800"]),
+)  # fmt: skip
+
+
+@quick(300)
+@given(data=st.data())
+def test_a_hello_is_right_or_refused_in_words_fit_for_a_terminal(opened: dict[str, Open], data: st.DataObject) -> None:
+    one = opened["plain"]
+    one.reset()
+    server, spec = one.run.coordinator, one.run.coordinator.spec
+    right = one.run.workers[data.draw(st.integers(0, 3))].hello()
+    names = data.draw(st.lists(st.sampled_from([stated.name for stated in dataclasses.fields(Hello)]), max_size=3))
+    hello = dataclasses.replace(right, **{name: data.draw(VALUES) for name in names})
+    server._greeted.clear()
+    try:
+        server.admit(hello)
+    except ProtocolError as error:
+        text = str(error)
+        assert text.isascii() and text.isprintable() and len(text) < 500
+        assert not server._greeted and set(server.members) == set(range(4))
+        return
+    assert all(type(getattr(hello, stated.name)) is stated.type for stated in dataclasses.fields(Hello))
+    assert (hello.fingerprint, hello.space_hash, hello.theta0) == (spec.fingerprint, spec.space_hash, spec.theta0)
+    kept = server._greeted.pop(hello.client)
+    assert 0 <= hello.client < 4 and set(kept) == {"quantisation", "compute_dtype", "examples"}
+    assert len(kept["quantisation"]) <= 16 and len(kept["compute_dtype"]) <= 16 and 0 < kept["examples"] < 2**32
+
+
+@quick(200)
+@given(VALUES | st.recursive(VALUES, st.lists), st.integers(1, 100))
+def test_what_others_chose_is_shown_on_one_line_of_ascii(value: object, length: int) -> None:
+    text = shown(value, length)
+    assert text.isascii() and text.isprintable() and len(text) <= length + 3
+
+
+def test_a_name_of_a_base_is_shown_escaped_in_a_hint(tmp_path: Path) -> None:
+    run = start(tmp_path, make_spec(space="scales"), clients=[])
+    hello = make_worker(run.coordinator.spec, 0).hello()
+    with pytest.raises(ProtocolError, match=r"this client's is '\\x1b\[2J': load the run's"):
+        run.coordinator.admit(dataclasses.replace(hello, space_hash="6" * 64, quantisation="\x1b[2J"))
+
+
+# -- what a client can make the server send or keep
+
+
+def test_who_is_silent_is_sent_what_it_missed_when_it_asks(tmp_path: Path) -> None:
+    spec = make_spec(rounds=30, size=2000)
+    run = start(tmp_path, spec)
+    for _ in range(12):
+        run.round(lambda round_, client, data: [] if client == 1 else [data])
+    caught = [run.plans[round_, 1][0].catch_up for round_ in range(12)]
+    assert [(one.kind, one.start) for one in caught[:2]] == [("none", 0), ("records", 0)]
+    assert all(one.kind == "none" and one.start == one.stop for one in caught[2:])
+    run.workers[1] = make_worker(spec, 1)  # it comes back, and is heard at once
+    summary = run.round()
+    assert not summary.dropped and summary.accepted == 4
+    assert [plan.catch_up.start for plan in run.plans[12, 1]] == [12, 0]
+    assert run.round().accepted == 4 and [plan.catch_up.start for plan in run.plans[13, 1]] == [12]
+
+
+def test_who_only_ever_asks_for_the_history_is_sent_it_ever_more_rarely(tmp_path: Path) -> None:
+    spec = make_spec(rounds=64, size=2000)
+    run = start(tmp_path, spec)
+
+    def ask(round_: int, client: int, data: bytes) -> list[bytes]:
+        return [Behind(spec.run_id, round_, client, 0).to_bytes()] * 5 if client == 1 else [data]
+
+    run.finish(ask)
+    histories = [round_ for round_ in range(64) for plan in run.plans[round_, 1] if plan.catch_up.records]
+    assert histories == [1, 2, 4, 8, 16, 32]
+    assert len(run.ledger.summaries()) == 64 and rounds_of(run.ledger)[-1].clients == (0, 2, 3)
+
+
+@pytest.mark.parametrize("reason", ["digest", "not-finite"])
+def test_who_only_ever_fails_is_not_sent_the_history_each_time(tmp_path: Path, reason: Any) -> None:
+    spec = make_spec(rounds=20, size=2000)
+    run = start(tmp_path, spec)
+    run.finish(
+        lambda round_, client, data: [Failure(spec.run_id, round_, 1, reason).to_bytes()] if client == 1 else [data]
+    )
+    assert [round_ for round_ in range(20) if run.plans[round_, 1][0].catch_up.records] == [1]
+
+
+@pytest.mark.parametrize(("size", "kind"), [(12, "snapshot"), (2000, "records")])
+def test_clients_that_stand_apart_share_what_they_are_sent(tmp_path: Path, size: int, kind: str) -> None:
+    """A round holds one snapshot, and each round's records once, however many clients are behind."""
+    run = start(tmp_path, make_spec(size=size, rounds=20), clients=[0, 1])
+    for round_ in range(8):
+        run.round(lambda now, client, data, last=round_ < 4: [data] if client == 0 or last else [])
+    run.coordinator._vain.clear()
+    run.join(2)
+    caught = {plan.client: plan.catch_up for plan in run.coordinator.open_round()}
+    assert (caught[1].start, caught[2].start, caught[1].kind, caught[2].kind) == (3, 0, kind, kind)
+    if kind == "snapshot":
+        assert caught[1].snapshot is caught[2].snapshot
+    else:
+        assert all(a is b for a, b in zip(caught[1].records, caught[2].records[3:], strict=True))
+    assert len(rounds_of(run.ledger)) == 8
+
+
+def test_a_spent_budget_is_believed_of_clients_that_keep_one(tmp_path: Path) -> None:
+    for name, believed in (("plain", False), ("client-central", False), ("client-local", True)):
+        run = start(tmp_path / name, SPECS[name])
+        plans = run.coordinator.open_round()
+        run.coordinator.receive(1, Failure(run.coordinator.spec.run_id, 0, 1, "budget").to_bytes())
+        assert run.coordinator.close_round().dropped["budget" if believed else "malformed"] == 1
+        assert 1 in [plan.client for plan in plans]
+        assert (1 in [plan.client for plan in run.coordinator.open_round()]) is not believed
+
+
+def test_an_answer_of_a_client_that_was_dismissed_is_dropped(tmp_path: Path) -> None:
+    run = start(tmp_path, make_spec())
+    plan = run.coordinator.open_round()[2]
+    right = answer(run.workers[plan.client], plan.to_bytes())
+    run.coordinator.dismiss(plan.client)
+    ask = Behind(run.coordinator.spec.run_id, 0, plan.client, 0).to_bytes()
+    assert run.coordinator.receive(plan.client, right) is run.coordinator.receive(plan.client, ask) is None
+    assert run.coordinator.close_round().dropped == {"no-reply": 3, "not-asked": 2}

@@ -19,6 +19,7 @@ from fedzo.run_folder import RunFolder, new_run_path
 from fedzo.runtime import keep_memory
 from server.nodes import Nodes, wait_for_nodes
 from server.secure import secure_sum
+from server.simulation import index_mail
 
 app = ServerApp()
 
@@ -65,6 +66,7 @@ def main(grid: Grid, context: Context) -> None:
     config = from_run_config(context.run_config).resolved()
     runtime = config.runtime
     start = runtime.start_clients or config.data.clients
+    index_mail(grid)
     wait_for_nodes(grid, start, runtime.join_timeout)  # before anything is loaded or written
     path = (Path(out) if out else new_run_path(config)).resolve()
     if RunFolder(path).ledger.exists():

@@ -7,6 +7,7 @@ that come while it lasts.
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -76,9 +77,9 @@ class Post:
                 del self._sent[name]
                 yield node, kind, None
 
-    def waits(self, kind: str) -> bool:
-        """Whether an answer to a message of this kind may still come."""
-        return any(found[1] == kind for found in self._sent.values())
+    def waits(self, kind: str) -> int:
+        """How many answers to messages of this kind may still come."""
+        return sum(found[1] == kind for found in self._sent.values())
 
 
 class Nodes:
@@ -111,7 +112,8 @@ class Nodes:
         self._timeout, self._patience, self._start = timeout, patience, start
         self._post = Post(grid)
         self._client: dict[int, int] = {}  # node id -> client
-        self._known: set[int] = set()  # nodes that were greeted
+        self._known: set[int] = set()  # nodes that were greeted, or will be
+        self._queue: deque[int] = deque()  # nodes that will be
         self._refused: set[int] = set()
         self._gone: set[int] = set()  # clients that were registered
         self._resident: set[int] = set()  # nodes whose worker waits for the end of the run
@@ -132,13 +134,13 @@ class Nodes:
             for node, kind, record in self._post.receive():
                 if kind == "query":
                     self._greeted(node, record)
-            if first and (len(self._known) < self._start or self._post.waits("query")):
+            if first and (len(self._known) < self._start or self._greeting):
                 enough = False
             else:
                 enough = len(self.of) >= max(1, self._coordinator.spec.quorum)
             if enough:
                 break
-            if len(self._known) > count or self._post.waits("query"):
+            if len(self._known) > count or self._greeting:
                 last = time.monotonic()
             elif (first and len(self._known) >= self._start) or time.monotonic() - last > self._patience:
                 raise RunError(self._too_few())
@@ -181,7 +183,7 @@ class Nodes:
                     continue
                 if record is not None and record.get("greet") is True and node not in again:
                     again.add(node)
-                    self._greet([node])
+                    self._queue.appendleft(node)
                     continue
                 waiting.discard(node)
                 if record is not None:
@@ -214,6 +216,7 @@ class Nodes:
         Args:
             forget: else only greets: while a round lasts, its clients stay its clients.
         """
+        self._greet()
         now = time.monotonic()
         if now - self._looked < _LOOK and self._known:
             return
@@ -232,12 +235,22 @@ class Nodes:
             self._refused.clear()
         if new := sorted(there - self._known):
             self._known.update(new)
-            self._greet(new)
+            self._queue.extend(new)
+            self._greet()
 
-    def _greet(self, nodes: Iterable[int]) -> None:
-        spec = self._coordinator.spec.to_json()
-        self._given.update(dict.fromkeys(nodes, 0))
-        self._post.send("query", [(node, ConfigRecord({"spec": spec})) for node in nodes], self._timeout)
+    @property
+    def _greeting(self) -> bool:
+        """Whether nodes are being greeted."""
+        return bool(self._queue) or self._post.waits("query") > 0
+
+    def _greet(self) -> None:
+        """Greets nodes that wait for it, few at a time: of ten thousand the last would have no time left to answer."""
+        if not self._queue:
+            return
+        spec, free = self._coordinator.spec.to_json(), _AT_ONCE - self._post.waits("query")
+        now = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
+        self._given.update(dict.fromkeys(now, 0))
+        self._post.send("query", ((node, ConfigRecord({"spec": spec})) for node in now), self._timeout)
 
     def _greeted(self, node: int, record: ConfigRecord | None) -> None:
         """Takes a node's answer to its greeting."""

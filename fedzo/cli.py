@@ -284,6 +284,41 @@ def resume(run: RunPath, quiet: Quiet = False, as_json: Json = False) -> None:
     _go(folder, folder.load_config(), quiet, as_json)
 
 
+@app.command("plan-rounds")
+def plan_rounds(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file; none: the embedded default.")
+    ] = None,
+    override: Override = [],  # noqa: B006
+    measuring: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Take a local step, to tell the time that a run takes.")
+    ] = True,
+    step_seconds: Annotated[
+        float, typer.Option(help="Seconds that a client's local step takes, instead of measuring them here.")
+    ] = 0.0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what a run will cost, before it starts: bytes, forward passes, seconds."""
+    from fedzo import cost
+    from fedzo.config import load_config
+    from fedzo.experiment import Experiment
+
+    if not 0.0 <= step_seconds < float("inf"):
+        raise ConfigError(f"--step-seconds is {step_seconds:g}, wanted a number above 0")
+    checked = load_config(config, override).resolved()
+    with _loading(quiet or as_json, "loading model and data"):
+        experiment = Experiment(checked)
+
+        def speed(spec: Any) -> cost.Speed | None:
+            if step_seconds:
+                return cost.Speed(step_seconds)
+            return cost.measure(experiment, spec) if measuring else None
+
+        figures = cost.plan_rounds(experiment, speed=speed)
+    print_figures(figures, as_json)
+
+
 @app.command()
 def tune(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file.")],

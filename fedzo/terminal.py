@@ -26,6 +26,14 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def human_seconds(seconds: float) -> str:
+    """A span of time, in the unit that it is one or more of."""
+    for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.1f} s" if seconds >= 1.0 else f"{1000.0 * seconds:.3g} ms"
+
+
 def shown_quality(metrics: Mapping[str, float]) -> str:
     """What a task is judged by first."""
     name = next((name for name in ("accuracy", "f1") if name in metrics), "perplexity")
@@ -81,11 +89,13 @@ def _shown(name: str, value: Any) -> str:
         return ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
     if name == "learning_rate":
         return f"{value:.3g}"
+    if name.endswith("_seconds"):
+        return human_seconds(value)
     if isinstance(value, float):
         share = any(part in name for part in ("accuracy", "f1", "exact_match"))
         return f"{value:.2%}" if share else f"{value:.4f}"
     if isinstance(value, int):
-        if name.endswith("_per_client"):
+        if name.endswith(("_per_client", "_bytes")):
             return f"{value} bytes" if value < 1000 else f"{value:,} bytes ({human_bytes(value)})"
         return f"{value:,}"
     return str(value)

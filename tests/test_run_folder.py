@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import Federation, make_spec, start
+from tiny import Federation, make_spec, make_terms, private_spec, start
 
 from fedzo.config import Config, load_config
+from fedzo.engine import TimedRound
 from fedzo.errors import RunError
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.files import write_atomically
@@ -119,3 +120,39 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"cannot write .*metrics.jsonl"):
         MetricsLog(folder, run.ledger)
     assert not list(tmp_path.glob(".metrics*"))
+
+
+def test_drops_by_reason_and_times_are_plotted(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder, run = played(tmp_path, 1)
+    log = MetricsLog(folder, run.ledger)
+    for tamper, seconds in ((lambda r, c, a: [] if c else [a], 1.5), (lambda r, c, a: [a], 0.5)):
+        log.round(
+            TimedRound(**vars(run.round(tamper)), replies=4, seconds=seconds, latency_median=0.25, latency_max=1.0)
+        )
+    log.close()
+    events = accumulator.EventAccumulator(str(folder.events)).Reload()
+    read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert read["round/dropped/no-reply"] == [(2, 3.0), (3, 0.0)]
+    assert read["round/dropped"] == [(1, 0.0), (2, 3.0), (3, 0.0)]
+    # of the round before the log was opened nobody knows the time
+    assert read["round/seconds"] == [(2, 1.5), (3, 0.5)] and read["round/replies"] == [(2, 4.0), (3, 4.0)]
+    assert read["round/latency_median"] == [(2, 0.25), (3, 0.25)] and read["round/latency_max"] == [(2, 1.0), (3, 1.0)]
+    assert "round/epsilon" not in read
+    assert "seconds" not in lines(folder)[0] and lines(folder)[-1]["latency_max"] == 1.0
+
+
+def test_a_secret_round_has_no_scalar_that_tells_of_it(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("dp_accounting")
+    folder = RunFolder(tmp_path)
+    terms = make_terms("client-central", rate=0.5, sampling="poisson")
+    run = start(tmp_path, private_spec(terms, client_rate=0.5))
+    log = MetricsLog(folder, run.ledger)
+    for _ in range(6):
+        log.round(TimedRound(**vars(run.round()), replies=2, seconds=1.0, latency_median=0.25, latency_max=1.0))
+    log.close()
+    events = accumulator.EventAccumulator(str(folder.events)).Reload()
+    assert set(events.Tags()["scalars"]) == {"round/clip", "round/max_scalar", "round/epsilon"}
+    spent = [event.value for event in events.Scalars("round/epsilon")]
+    assert len(spent) == 6 and spent == sorted(spent) and spent[0] > 0.0

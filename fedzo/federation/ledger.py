@@ -180,7 +180,6 @@ class Ledger:
             scratch.unlink(missing_ok=True)
             db = sqlite3.connect(scratch)
             try:
-                db.execute("PRAGMA journal_mode=WAL")  # here, where nobody reads it yet: readers would be in the way
                 db.executescript(_SCHEMA)
                 db.execute("INSERT INTO header VALUES (0, ?, 0, ?)", (spec.to_json(), spec.hash))
                 for name, data in (artifacts or {}).items():
@@ -188,6 +187,7 @@ class Ledger:
                         raise LedgerError(f"artifact {name[:12]} does not have the hash that names it")
                     db.execute("INSERT INTO artifacts VALUES (?, ?)", (name, data))
                 db.commit()
+                db.execute("PRAGMA journal_mode=WAL")  # here, where nobody reads it yet: readers would be in the way
             finally:
                 db.close()
             scratch.replace(path)  # a ledger is there whole or not at all

@@ -5,8 +5,10 @@
 
 import copy
 import dataclasses
+import itertools
+import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from test_hybrid import hybrid_spec
 from test_messages import plans
 from tiny import Federation, answer, make_spec, make_terms, make_worker, private_spec, rounds_of, start
 
+from fedzo.engine import Transport, play_round
 from fedzo.errors import ProtocolError, shown
 from fedzo.federation.messages import (
     Behind,
@@ -156,22 +159,22 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Open]:
     return found
 
 
-def _right(opened: Open, client: int, message: Contribution) -> bool:
-    """An oracle of its own: whether a contribution is one that the protocol lets into a round."""
-    spec, plan = opened.run.coordinator.spec, decode(opened.right[client])
-    assert isinstance(plan, Contribution)
-    same = [getattr(message, name) == getattr(plan, name) for name in ("run_id", "round", "client", "examples")]
-    shapes = [
-        (None if one is None else one.shape) == (None if other is None else other.shape)
-        for one, other in (
-            (message.seeds, plan.seeds), (message.scalars, plan.scalars), (message.gradients, plan.gradients),
-            (message.counts, plan.counts),
-        )
-    ]  # fmt: skip
-    values = [array.ravel() for array in (message.scalars, message.gradients, message.counts) if array is not None]
-    bounded = bool((np.abs(np.concatenate(values)) <= spec.scalar_bound).all())
-    loss = message.loss is None or abs(message.loss) < float("inf")
-    return all(same) and all(shapes) and message.seeds.tolist() == plan.seeds.tolist() and bounded and loss
+def _right(spec: RunSpec, right: bytes, message: Contribution) -> bool:
+    """An oracle of its own: whether a contribution is one that the protocol lets into a round, as it does `right`."""
+    wanted = decode(right)
+    if not isinstance(wanted, Contribution):
+        return False
+    if any(getattr(message, name) != getattr(wanted, name) for name in ("run_id", "round", "client", "examples")):
+        return False
+    for name in ("seeds", "scalars", "gradients", "counts"):
+        found, shape = getattr(message, name), getattr(getattr(wanted, name), "shape", None)
+        if getattr(found, "shape", None) != shape:
+            return False
+        if name != "seeds" and shape is not None and not bool((np.abs(found) <= spec.scalar_bound).all()):
+            return False
+    return message.seeds.tolist() == wanted.seeds.tolist() and (
+        message.loss is None or abs(message.loss) < float("inf")
+    )
 
 
 @st.composite
@@ -249,7 +252,7 @@ def test_replies_are_taken_only_if_right_and_each_is_counted(
     taken = len(current.contributions) + len(current.held)
     assert taken + renewed + current.dropped.total() == len(sent)
     for client, kept in current.contributions.items():
-        assert _right(one, client, kept)
+        assert _right(server.spec, one.right[client], kept)
     for client in current.held:
         assert (client, Held(server.spec.run_id, ROUND, client).to_bytes()) in sent
     assert renewed <= 2 * len(current.rewound)
@@ -281,24 +284,23 @@ def test_a_run_among_hostile_clients_has_the_ledger_of_one_without(
         if client % 2 == 0:
             return [right]
         old.append(right)
+        sent = [data.draw(edits(right)), data.draw(st.sampled_from(old))]
         message = decode(right)
-        sent = [data.draw(edits(right)) if data.draw(st.booleans()) else data.draw(st.sampled_from(old))]
         if isinstance(message, Contribution):
-            sent.append(
-                dataclasses.replace(
-                    message, loss=float("nan"), round=data.draw(st.sampled_from([round_, 0]))
-                ).to_bytes()
-            )
-        # All but what is right, or right but for a loss or scalars of other right values.
-        return [one for one in sent if one[:32] != right[:32] or len(one) != len(right) or message_loss_is_nan(one)]
+            sent.append(data.draw(contributions(message)))
+        return list(filter(lambda one: _hostile(run.coordinator.spec, right, one), sent))
 
     assert run.finish(tamper) == silent[name]
     assert rounds_of(run.ledger)[-1].clients == (0, 2)
 
 
-def message_loss_is_nan(data: bytes) -> bool:
-    message = decode(data)
-    return isinstance(message, Contribution) and message.loss is not None and message.loss != message.loss
+def _hostile(spec: RunSpec, right: bytes, data: bytes) -> bool:
+    """Whether a reply is none that may be taken."""
+    try:
+        message = decode(data)
+    except ProtocolError:
+        return True
+    return not (isinstance(message, Contribution) and _right(spec, right, message))
 
 
 # -- the handshake
@@ -345,6 +347,80 @@ def test_a_name_of_a_base_is_shown_escaped_in_a_hint(tmp_path: Path) -> None:
     hello = make_worker(run.coordinator.spec, 0).hello()
     with pytest.raises(ProtocolError, match=r"this client's is '\\x1b\[2J': load the run's"):
         run.coordinator.admit(dataclasses.replace(hello, space_hash="6" * 64, quantisation="\x1b[2J"))
+
+
+# -- Flower's nodes
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
+    ["\x1b[2J", "a\nfedzo: b", "\u202e", "x" * 9_000]
+)
+FIELD = st.one_of(
+    TEXT, st.integers(-(2**63), 2**63 - 1), st.floats(), st.booleans(), st.binary(max_size=80),
+    *(st.lists(one, max_size=3) for one in (TEXT, st.integers(0, 9), st.binary(max_size=9))),
+)  # fmt: skip
+NAMES = [stated.name for stated in dataclasses.fields(Hello)]
+KEYS = st.sampled_from(["answer", "wants", "offset", "refused", "greet", "resident", "plan", *NAMES]) | TEXT
+
+
+@pytest.fixture(scope="module")
+def flower() -> dict[str, Any]:
+    """What of Flower and of the server the test below needs."""
+    flwr = pytest.importorskip("flwr.app")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # server/ is not part of the installed package
+    from grids import ProcessGrid
+
+    from server.nodes import Nodes
+
+    def records(right: dict[str, Any]) -> st.SearchStrategy[Any]:
+        """A right record with fields replaced, added or taken away, another one, or an error."""
+        changed = st.dictionaries(KEYS, FIELD, max_size=3).map(lambda more: right | more)
+        taken = st.sets(st.sampled_from(sorted(right)), max_size=2).map(
+            lambda names: {name: value for name, value in right.items() if name not in names}
+        )
+        made = (changed | taken | st.dictionaries(KEYS, FIELD, max_size=3)).map(flwr.ConfigRecord)
+        other = st.sampled_from([flwr.MetricRecord({"answer": 1.5}), flwr.ArrayRecord()])
+        contents = st.dictionaries(st.just("fedzo") | TEXT, made | other, max_size=2).map(flwr.RecordDict)
+        return contents | st.builds(flwr.Error, st.integers(0, 2**31 - 1), TEXT)
+
+    class Grid(ProcessGrid):
+        """Nodes 0 to 3 are the clients of a tiny run, of which the odd ones answer plans as strangers answer all."""
+
+        def __init__(self, run: Federation, strangers: int, draw: Callable[..., Any]) -> None:
+            context = flwr.Context(1, 0, {}, flwr.RecordDict(), {})
+            super().__init__(dict.fromkeys([*range(4), *range(10, 10 + strangers)], context))
+            self.run_, self.draw, self.count = run, draw, itertools.count()
+
+        def handle(self, message: Any) -> str:
+            name, node = str(next(self.count)), message.metadata.dst_node_id
+            message.metadata.__dict__["_message_id"] = name
+            record, right = message.content["fedzo"], {"answer": b""}
+            if "spec" in record:
+                right = vars(self.run_.workers[node % 4].hello())
+            elif node % 2 == 0:
+                right = {"answer": answer(self.run_.workers[node], record["plan"])}
+            wrong = node >= 10 or (node % 2 == 1 and "plan" in record)
+            content = self.draw(records(right)) if wrong else flwr.RecordDict({"fedzo": flwr.ConfigRecord(right)})
+            self.replies[name] = flwr.Message(content, reply_to=message)
+            return name
+
+    return {"grid": Grid, "nodes": Nodes}
+
+
+@quick(25)
+@given(data=st.data())
+def test_nodes_that_answer_as_they_like_change_nothing(
+    flower: dict[str, Any], silent: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    run = start(tmp_path_factory.mktemp("nodes"), SPECS["plain"], clients=[])
+    run.workers = {client: make_worker(run.coordinator.spec, client) for client in range(4)}
+    grid, said = flower["grid"](run, data.draw(st.integers(0, 4)), data.draw), list[str]()
+    nodes = flower["nodes"](grid, run.coordinator, said.append, timeout=5.0, patience=0.0, start=4)
+    while not run.coordinator.finished:
+        nodes.ready()
+        play_round(run.coordinator, Transport(nodes.exchange))
+    assert nodes.of == {client: client for client in range(4)}
+    assert run.ledger.head == silent["plain"]
+    assert all(line.isascii() and line.isprintable() and len(line) < 500 for line in said)
 
 
 # -- what a client can make the server send or keep

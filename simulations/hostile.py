@@ -351,7 +351,7 @@ KINDS: dict[str, tuple[Callable[[Lab], list[Parcel]], set[str]]] = {
     "random bytes": (random_bytes, {"malformed"}),
     "other formats": (other_formats, {"malformed"}),
     "random body": (random_body, {"malformed", "shape"}),
-    "cut": (cut, {"malformed"}),
+    "cut": (cut, {"malformed", "shape"}),
     "extended": (extended, {"malformed"}),
     "far too long": (far_too_long, {"malformed"}),
     "a bit flipped": (flipped, {"malformed", "wrong-run", "not-asked", "late", "seeds", "examples", "shape"}),

@@ -100,7 +100,13 @@ class RoundSummary:
 
 @dataclass
 class _Open:
-    """The round in flight."""
+    """The round in flight.
+
+    Attributes:
+        starts: where the catch-up of a client's last plan starts.
+        tails: catch-ups by where they start.
+        records, snapshot: what they are made of: of each round that somebody missed, and of theta and the rule's state.
+    """
 
     round: int
     seeds: dict[int, Seeds]
@@ -108,7 +114,10 @@ class _Open:
     held: set[int] = field(default_factory=set)
     total: tuple[tuple[int, ...], Ints] | None = None
     contributions: dict[int, Contribution] = field(default_factory=dict)
-    starts: dict[int, int] = field(default_factory=dict)  # where the catch-up of a client's last plan starts
+    starts: dict[int, int] = field(default_factory=dict)
+    tails: dict[int, CatchUp] = field(default_factory=dict)
+    records: dict[int, RoundRecords] = field(default_factory=dict)
+    snapshot: bytes = b""
     answered: set[int] = field(default_factory=set)
     rewound: Counter[int] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -160,10 +169,6 @@ class Coordinator:
         self._entries = sum(length for _, length in replica.rule.ranges)  # F, of a gradient
         self.members: dict[int, Member] = {}
         self._open: _Open | None = None
-        # Of this round: catch-ups by where they start, the records and the snapshot that they are made of.
-        self._tails: dict[int, CatchUp] = {}
-        self._records: dict[int, RoundRecords] = {}
-        self._snapshot = b""
         self._vain: dict[int, _Vain] = {}  # of clients whose last answer was not taken
         self._greeted: dict[int, dict[str, Any]] = {}  # not yet recorded in the ledger
         self._artifact_bytes = 0
@@ -311,7 +316,6 @@ class Coordinator:
             self.events.tell("artifact-sent", bytes=sent)
         shared = assign_all(round_seeds(spec.seed, "shared", round_, 0, shape))
         self._open = _Open(round_, seeds, shared, bytes_down=sent, artifact_bytes=sent)
-        self._tails, self._records, self._snapshot = {}, {}, b""
         # Who gave nothing in two rounds may be gone, and is sent what it missed when it asks (`Behind`).
         gone = {client for client, vain in self._vain.items() if vain.rounds > 1}
         return [self._plan(c, round_ if c in gone else self.members[c].applied) for c in seeds]
@@ -352,22 +356,22 @@ class Coordinator:
 
     def _catch_up(self, applied: int) -> CatchUp:
         """The cheaper of the missed records and a snapshot."""
-        if applied not in self._tails:
-            now = self.ledger.rounds
+        current, rule = self._open, self.replica.rule
+        assert current is not None
+        if applied not in current.tails:
+            now, theta, state = current.round, self.replica.theta, self.replica.state
             if applied == now:
                 caught = CatchUp("none", applied, now)
-            elif self._sizes[now] - self._sizes[applied] > self.replica.rule.snapshot_bytes(
-                self.replica.theta, self.replica.state
-            ):
-                self._snapshot = self._snapshot or self.replica.rule.snapshot(self.replica.theta, self.replica.state)
-                caught = CatchUp("snapshot", applied, now, snapshot=self._snapshot)
+            elif self._sizes[now] - self._sizes[applied] > rule.snapshot_bytes(theta, state):
+                current.snapshot = current.snapshot or rule.snapshot(theta, state)
+                caught = CatchUp("snapshot", applied, now, snapshot=current.snapshot)
             else:
-                first = min(self._records, default=now)
+                first = min(current.records, default=now)
                 missing = self.ledger.read(applied, None if first == now else first) if applied < first else ()
-                self._records |= {entry.round: _sent(entry) for entry in missing}
-                caught = CatchUp("records", applied, now, tuple(self._records[r] for r in range(applied, now)))
-            self._tails[applied] = caught
-        return self._tails[applied]
+                current.records |= {entry.round: _sent(entry) for entry in missing}
+                caught = CatchUp("records", applied, now, tuple(current.records[r] for r in range(applied, now)))
+            current.tails[applied] = caught
+        return current.tails[applied]
 
     def receive(self, client: int, data: bytes) -> Plan | None:
         """Takes a client's answer; what is wrong is dropped and counted.

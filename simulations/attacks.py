@@ -1,7 +1,7 @@
 """Clients that attack: what the validator drops, what each aggregation absorbs, and what it costs in accuracy.
 
-    python simulations/attacks.py [--config FILE] [--rounds N] [--seeds N] [--share S] [--attacks NAMES] [--out DIR]
-                                  [--quick] [--report]
+    python simulations/attacks.py [--config FILE] [-o KEY=VALUE] [--rounds N] [--seeds N] [--share S] [--attacks NAMES]
+                                  [--aggregations NAMES] [--out DIR] [--quick] [--report]
 
 A share of the clients, drawn anew with each seed, attacks in every round. They collude and see everything: all right
 answers of the round, the bounds, the aggregation. Their answers are messages of the protocol and go through the
@@ -41,7 +41,7 @@ from fedzo.federation.ledger import Ledger
 from fedzo.federation.messages import Contribution, decode
 from fedzo.run_folder import RunFolder, strict_json
 
-AGGREGATIONS = ("mean", "median", "trimmed-mean", "norm-bound")
+AGGREGATIONS = ("mean", "median", "trimmed-mean", "norm-bound")  # in this order and colour
 CLAIM = 10**6  # examples
 Array = npt.NDArray[np.float64]
 
@@ -146,6 +146,8 @@ ATTACKS: dict[str, Attack | None] = {
 }
 # These also claim to have many examples, from the handshake on.
 OVERSTATED = {"sign flip, overstated"}
+# These compare the clients' answers to one seed.
+OF_SHARED_SEEDS = {"a little is enough", "opposed", "opposed, extreme"}
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class Comparison:
     """Plays cells; holds one experiment, of the last seed, which a cell's process inherits.
 
     Args:
-        config: of a seed and an aggregation.
+        config: of a seed, and of an aggregation.
         share: of the clients, that attack.
         out: folder of the results.
     """
@@ -214,7 +216,7 @@ class Comparison:
 
     def __call__(self, cell: Cell) -> Result:
         if self._held is None or self._held[0] != cell.seed:
-            experiment = Experiment(self._config(cell.seed, AGGREGATIONS[0]))
+            experiment = Experiment(self._config(cell.seed, cell.aggregation))
             for number in range(experiment.config.data.clients):
                 experiment.client_data(number)
             _ = experiment.validation, experiment.test, experiment.theta0_digest
@@ -296,11 +298,12 @@ def dropped_of(rows: Sequence[Result]) -> str:
 
 def table(rows: Sequence[Result]) -> str:
     """Markdown."""
-    lines = [f"| attack | dropped | {' | '.join(AGGREGATIONS)} |", f"|---|---|{'---|' * len(AGGREGATIONS)}"]
+    played = [aggregation for aggregation in AGGREGATIONS if any(r["aggregation"] == aggregation for r in rows)]
+    lines = [f"| attack | dropped | {' | '.join(played)} |", f"|---|---|{'---|' * len(played)}"]
     for attack in dict.fromkeys(r["attack"] for r in rows):
         own = {r["aggregation"]: r for r in rows if r["attack"] == attack}
         told = []
-        for aggregation in AGGREGATIONS:
+        for aggregation in played:
             r = own.get(aggregation)
             text = "-" if r is None else percent(r["accuracy"], r["lowest"], r["highest"])
             told.append(f"{text}, {r['stopped']} of {r['seeds']} stopped" if r is not None and r["stopped"] else text)
@@ -319,7 +322,9 @@ def plot(rows: Sequence[Result], path: Path) -> None:
         mean = [r["accuracy"] for r in own]
         low = [max(0.0, r["accuracy"] - r["lowest"]) for r in own]
         high = [max(0.0, r["highest"] - r["accuracy"]) for r in own]
-        axes.errorbar(mean, at, xerr=[low, high], fmt=marker, capsize=2, markersize=4.5, label=aggregation)
+        if own:
+            style = {"fmt": marker, "color": f"C{i}", "capsize": 2, "markersize": 4.5, "label": aggregation}
+            axes.errorbar(mean, at, xerr=[low, high], **style)
     axes.axvline(statistics.fmean(r["accuracy_before"] for r in rows), color="C7", ls="--", lw=0.8, label="base model")
     for edge in range(1, len(attacks)):
         axes.axhline(edge - 0.5, color="C7", lw=0.4, alpha=0.4)
@@ -333,18 +338,23 @@ def plot(rows: Sequence[Result], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/demo.toml"))
+    parser.add_argument(
+        "-o", "--override", action="append", default=[], metavar="KEY=VALUE", help="of the configuration"
+    )
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--share", type=float, default=0.3, help="of the clients, that attack; below 0.5")
     parser.add_argument("--attacks", default=";".join(ATTACKS), help="separated by ;")
+    parser.add_argument("--aggregations", default=",".join(AGGREGATIONS), help="comma-separated")
     parser.add_argument("--out", type=Path, default=Path("runs/attacks"))
     parser.add_argument("--quick", action="store_true", help="three rounds, one seed")
     parser.add_argument("--report", action="store_true", help="plays nothing: table and plot of what is there")
     options = parser.parse_args()
     rounds, seeds = (3, 1) if options.quick else (options.rounds, options.seeds)
-    attacks = options.attacks.split(";")
-    if unknown := sorted(set(attacks) - set(ATTACKS)):
-        parser.error(f"unknown attack {unknown[0]!r}; there are {'; '.join(ATTACKS)}")
+    attacks, aggregations = options.attacks.split(";"), options.aggregations.split(",")
+    for found, known in ((attacks, ATTACKS), (aggregations, AGGREGATIONS)):
+        if unknown := [name for name in found if name not in known]:
+            parser.error(f"unknown name {unknown[0]!r}; there are {'; '.join(known)}")
 
     def config(seed: int, aggregation: str) -> Config:
         keys: dict[str, Any] = {
@@ -352,12 +362,17 @@ def main() -> None:
             "federation.trim": options.share, "evaluation.every": 0, "evaluation.limit": 100,
             "runtime.device": "cpu", "runtime.threads": 1,
         }  # fmt: skip
-        return load_config(options.config, [f"{key}={value}" for key, value in keys.items()]).resolved()
+        told = [f"{key}={value}" for key, value in keys.items()] + options.override
+        return load_config(options.config, told).resolved()
 
+    if config(0, aggregations[0]).federation.seeds != "shared" and (unfit := OF_SHARED_SEEDS & set(attacks)):
+        parser.error(
+            f"{'; '.join(sorted(unfit))} would need the same seeds for all clients: leave them out of --attacks"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     play = Player(options.out, None) if options.report else Comparison(config, options.share, options.out)
     results: dict[Cell, Result] = {}
-    for seed, attack, aggregation in product(range(seeds), attacks, AGGREGATIONS):
+    for seed, attack, aggregation in product(range(seeds), attacks, aggregations):
         cell = Cell(attack, aggregation, seed)
         try:
             results[cell] = play(cell)

@@ -15,12 +15,14 @@ from fedzo.federation.messages import (
     CatchUp,
     Contribution,
     Failure,
+    Held,
     Message,
     Plan,
     RoundRecords,
     decode,
     max_contribution_bytes,
 )
+from fedzo.federation.spec import PROTOCOL
 
 UINT32 = st.integers(0, 2**32 - 1)
 FLOAT32 = st.floats(width=32)
@@ -51,6 +53,16 @@ def contributions(draw: st.DrawFn) -> Contribution:
 
 
 @st.composite
+def private_contributions(draw: st.DrawFn) -> Contribution:
+    shape = draw(SHAPES)
+    fields = {name: draw(strategy) for name, strategy in HEAD.items()}
+    counts = draw(hnp.arrays(np.float32, st.integers(0, 3), elements=FLOAT32))
+    return Contribution(
+        **fields, seeds=draw(_seeds(shape)), scalars=draw(_scalars(shape)), examples=None, loss=None, counts=counts
+    )
+
+
+@st.composite
 def plans(draw: st.DrawFn) -> Plan:
     fields = {name: draw(strategy) for name, strategy in HEAD.items()}
     kind = draw(st.sampled_from(["none", "records", "snapshot"]))
@@ -76,9 +88,11 @@ def plans(draw: st.DrawFn) -> Plan:
 
 MESSAGES = st.one_of(
     contributions(),
+    private_contributions(),
     plans(),
+    st.builds(Held, **HEAD),
     st.builds(Behind, **HEAD, applied=UINT32),
-    st.builds(Failure, **HEAD, reason=st.sampled_from(["digest", "not-finite"])),
+    st.builds(Failure, **HEAD, reason=st.sampled_from(["digest", "not-finite", "budget"])),
 )
 
 
@@ -112,7 +126,7 @@ def test_every_truncation_is_refused(message: Message) -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.binary(max_size=200), st.sampled_from([b"", *(b"fz\3" + bytes([kind]) for kind in range(6))]))
+@given(st.binary(max_size=200), st.sampled_from([b"", *(b"fz" + bytes([PROTOCOL, kind]) for kind in range(9))]))
 def test_random_bytes_are_a_message_or_a_protocol_error(data: bytes, start: bytes) -> None:
     try:
         message = decode(start + data)
@@ -145,7 +159,7 @@ def test_bytes_are_little_endian() -> None:
     seeds = np.array([[0x0102030405060708]], np.uint64)
     data = Contribution(b"abcdefgh", 258, 3, seeds, np.array([[1.0]], np.float32), 4, 1.0).to_bytes()
     assert data.hex() == (
-        "667a" "04" "02" + b"abcdefgh".hex() + "02010000" "03000000"
+        "667a" "05" "02" + b"abcdefgh".hex() + "02010000" "03000000"
         "0100" "0100" "04000000" "0000803f" "0807060504030201" "0000803f"
     )  # fmt: skip
 
@@ -155,10 +169,10 @@ def test_bytes_are_little_endian() -> None:
     [
         (b"", "0 bytes"),
         (b"no" + bytes(30), "not a message"),
-        (b"fz\1\1" + bytes(30), "protocol version 1, wanted 4"),
-        (b"fz\4\x09" + bytes(30), "unknown kind of message 9"),
-        (b"fz\4\4" + bytes(16) + b"\7", "unknown reason of failure 7"),
-        (b"fz\4\2" + bytes(16) + b"\xff" * 12, "scalars of 0 bytes"),  # claims 65535 x 65535 scalars
+        (b"fz\1\1" + bytes(30), "protocol version 1, wanted 5"),
+        (b"fz\5\x09" + bytes(30), "unknown kind of message 9"),
+        (b"fz\5\4" + bytes(16) + b"\7", "unknown reason of failure 7"),
+        (b"fz\5\2" + bytes(16) + b"\xff" * 12, "scalars of 0 bytes"),  # claims 65535 x 65535 scalars
     ],
 )
 def test_refusals_say_what_is_wrong(data: bytes, message: str) -> None:

@@ -339,7 +339,7 @@ def test_a_replica_refuses_catch_ups_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"protocol": 1}, "protocol is 1, the run's is 4"),
+        ({"protocol": 1}, "protocol is 1, the run's is 5"),
         ({"fingerprint": "a"}, "fingerprint is 'a'"),
         ({"mask": "a"}, "mask is 'a'"),
         ({"space_hash": "a"}, "space_hash"),

@@ -307,14 +307,15 @@ class Coordinator:
             return np.stack([assign(row) for row in drawn])
 
         weights = None if self._amplitudes is None else self._amplitudes.weights()
-        seeds = {}
-        for client in sorted(picked):
-            drawn_seeds = round_seeds(spec.seed, spec.seeds, round_, client, shape, self._pool, weights)
-            seeds[client] = assign_all(drawn_seeds)
+        shared = assign_all(round_seeds(spec.seed, "shared", round_, 0, shape))
+        seeds = dict.fromkeys(sorted(picked), shared)
+        if spec.seeds != "shared":
+            for client in seeds:
+                drawn = round_seeds(spec.seed, spec.seeds, round_, client, shape, self._pool, weights)
+                seeds[client] = assign_all(drawn)
         sent, self._artifact_bytes = self._artifact_bytes, 0
         if sent:
             self.events.tell("artifact-sent", bytes=sent)
-        shared = assign_all(round_seeds(spec.seed, "shared", round_, 0, shape))
         self._open = _Open(round_, seeds, shared, bytes_down=sent, artifact_bytes=sent)
         # Who gave nothing in two rounds may be gone, and is sent what it missed when it asks (`Behind`).
         gone = {client for client, vain in self._vain.items() if vain.rounds > 1}

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedzo.errors import RunError
 from fedzo.terminal import Json, Override, Quiet, console, errors, human_bytes, print_figures, print_table
 
 deploy = typer.Typer(help="Nodes of their own, with TLS and authentication.", no_args_is_help=True)
@@ -55,6 +56,40 @@ def local(
         if importlib.util.find_spec("matplotlib"):
             plot(ledger, folder.path)
         print_figures({"run": str(folder.path), **folder.settled(), **summarise(ledger), **figures}, as_json)
+
+
+@deploy.command("credentials")
+def credentials(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Is made; must not exist.")],
+    address: Annotated[list[str], typer.Option("--address", help="IP address of the SuperLink.")] = [],  # noqa: B006
+    name: Annotated[list[str], typer.Option("--name", help="Host name of the SuperLink.")] = [],  # noqa: B006
+    nodes: Annotated[int, typer.Option(min=0, help="Keys of so many nodes: node-0, node-1, ...")] = 0,
+) -> None:
+    """Make an authority's certificate, the SuperLink's certificate and key, the SuperExec's secret, and node keys."""
+    from fedzo.flower import require_flower
+
+    require_flower()
+    from fedzo.credentials import make_credentials, make_node_key  # of a library that Flower brings
+
+    if folder.exists():
+        raise RunError(f"{folder} is there already; choose another folder, or remove it")
+    if not address and not name:
+        raise RunError("a certificate is of an address or a name: give --address or --name, as the nodes will write it")
+    files = make_credentials(folder, address, name)
+    keys = [make_node_key(folder / f"node-{number}") for number in range(nodes)]
+    for path in (files.authority, files.certificate, files.key, files.secret, *keys):
+        console.print(str(path), markup=False)
+
+
+@deploy.command("app")
+def copy(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Is made; must not exist.")]) -> None:
+    """Copy fedzo's Flower app, for `flwr run DIR`."""
+    from fedzo.flower import copy_app
+
+    if folder.exists():
+        raise RunError(f"{folder} is there already; choose another folder, or remove it")
+    copy_app(folder)
+    console.print(str(folder), markup=False)
 
 
 def _table(state: Any) -> Group:

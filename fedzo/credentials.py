@@ -1,8 +1,9 @@
-"""Certificates and keys for a deployment on one machine. Those of real machines come from their owners."""
+"""Certificates and keys for a deployment. An authority of your own, where you have one, is better."""
 
 import datetime
 import ipaddress
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,26 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedzo.errors import ConfigError
+
 _DAYS = 30
 Key = ec.EllipticCurvePrivateKey
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """Files: the authority's certificate, and the SuperLink's certificate and key."""
+    """Files.
+
+    Attributes:
+        authority: its certificate.
+        certificate, key: the SuperLink's.
+        secret: what a SuperExec must know to run the SuperLink's ServerApps.
+    """
 
     authority: Path
     certificate: Path
     key: Path
+    secret: Path
 
 
 def make_credentials(
@@ -32,22 +42,31 @@ def make_credentials(
 
     Args:
         folder: is made, mode 0700.
-        addresses, names: of the SuperLink, as its nodes write them.
+        addresses, names: of the SuperLink, as its nodes write them; at least one.
+
+    Raises:
+        ConfigError: an address is none.
     """
+    try:
+        known = [ipaddress.ip_address(address) for address in addresses]
+    except ValueError as error:
+        raise ConfigError(f"{error}; give a host name with --name") from None
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     authority, own = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedzo local authority")])
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0] if names else addresses[0])])
-    alternatives = [x509.IPAddress(ipaddress.ip_address(a)) for a in addresses] + [x509.DNSName(n) for n in names]
+    alternatives = [x509.IPAddress(address) for address in known] + [x509.DNSName(n) for n in names]
     root = _certificate(issuer, issuer, authority, authority, x509.BasicConstraints(ca=True, path_length=0))
     leaf = _certificate(
         subject, issuer, own, authority, x509.BasicConstraints(ca=False, path_length=None), alternatives
     )
-    files = Credentials(folder / "authority.crt", folder / "superlink.crt", folder / "superlink.key")
+    names_of_files = ("authority.crt", "superlink.crt", "superlink.key", "superexec.secret")
+    files = Credentials(*(folder / name for name in names_of_files))
     pem = serialization.Encoding.PEM
     files.authority.write_bytes(root.public_bytes(pem))
     files.certificate.write_bytes(leaf.public_bytes(pem))
     _secret(files.key, own.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    _secret(files.secret, secrets.token_hex(32).encode())
     return files
 
 

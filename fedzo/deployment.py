@@ -139,6 +139,7 @@ class Deployment:
                 program("flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port),
                 "--ssl-ca-certfile", str(files.authority), "--ssl-certfile", str(files.certificate),
                 "--ssl-keyfile", str(files.key), "--enable-supernode-auth", "--isolation", "process",
+                "--superexec-auth-secret-file", str(files.secret),
                 "--database", str(self.home / "superlink.sqlite"),
             ],
             folder=self.home, environment=self.environment, log=log,
@@ -152,6 +153,7 @@ class Deployment:
             [
                 program("flower-superexec"), "--runtime-api-address", f"127.0.0.1:{self.port}",
                 "--root-certificates", str(self.credentials.authority),
+                "--superexec-auth-secret-file", str(self.credentials.secret),
             ],
             folder=self.home, environment=self.environment, log=self.folder / "serverapp.log",
         )  # fmt: skip

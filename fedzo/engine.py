@@ -115,8 +115,8 @@ def in_process(experiment: Experiment, coordinator: Coordinator, bases: Bases | 
     """The transport of one process: workers on the same base share its model and a replica, apart from the server's.
 
     A bfloat16 theta is the model's weights, so the server's replica is the workers' too: it stands where a plan wants
-    it, and a plan's records are skipped. A worker with several local steps takes them on a copy. A client's examples are
-    tokenised when it is first asked: of many clients few are in a round.
+    it, and a plan's records are skipped. A worker with several local steps takes them on a copy. A client's examples
+    are tokenised when it is first asked: of many clients few are in a round.
 
     Every plan and answer crosses as bytes, as it would on a wire. Workers are handed the mask, and its bytes counted.
     Clients keep their privacy budgets in the run's folder. A secure sum is plain addition here, where one process is

@@ -497,6 +497,7 @@ class Experiment:
             RunError: as `step_size`.
         """
         config, method, federation = self.config, self.config.method, self.config.federation
+        _ = self.splits if config.data.partition == OWN else self._parts  # a mistake in the data is found here
         if learning_rate is None:
             rate = method.learning_rate
             learning_rate = self.step_size.learning_rate if rate == "auto" else rate

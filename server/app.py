@@ -32,15 +32,17 @@ def say(text: str) -> None:
 class Progress:
     """Prints the evaluations, and about twenty lines of rounds."""
 
-    def __init__(self, rounds: int) -> None:
-        self._rounds, self._every = rounds, max(1, rounds // 20)
+    def __init__(self, rounds: int, *, secret: bool) -> None:
+        self._rounds, self._every, self._secret = rounds, max(1, rounds // 20), secret
 
     def round(self, summary: RoundSummary) -> None:
         done = summary.round + 1
         if done % self._every == 0 or done == self._rounds:
-            dropped = "".join(f", {count} dropped ({reason})" for reason, count in summary.dropped.items())
-            took_part = f"{summary.accepted} of {summary.sampled} clients{dropped}"
-            say(f"round {done}/{self._rounds}: {summary.told}, {took_part}")
+            told = f"round {done}/{self._rounds}: {summary.told}"
+            if not self._secret:  # else who took part is nobody's to know
+                dropped = "".join(f", {count} dropped ({reason})" for reason, count in summary.dropped.items())
+                told += f", {summary.accepted} of {summary.sampled} clients{dropped}"
+            say(told)
 
     def evaluation(self, rounds: int, split: str, metrics: Mapping[str, float]) -> None:
         say(f"after {rounds} rounds, {split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
@@ -85,5 +87,6 @@ def main(grid: Grid, context: Context) -> None:
         )  # fmt: skip
         return connect(nodes, grid, coordinator, runtime.round_timeout)
 
-    with run(experiment, folder, [Progress(config.federation.rounds)], connected) as ledger:
+    secret = experiment.terms is not None and experiment.terms.secret
+    with run(experiment, folder, [Progress(config.federation.rounds, secret=secret)], connected) as ledger:
         say(f"{ledger.rounds} rounds done, ledger {ledger.head.hex()}")

@@ -22,6 +22,7 @@ RECORD = "fedzo"  # the one record of every message
 PART = 8 * 2**20  # bytes of an artifact in one message
 FAREWELL = 10.0  # seconds that the end of a run waits for its nodes to hear of it
 _LOOK = 1.0  # seconds between two looks at which nodes there are
+_AGAIN = 60.0  # seconds after which a node that was refused, or did not answer, is greeted again
 _AT_ONCE, _BYTES_AT_ONCE = 256, 32 * 2**20  # messages pushed together
 
 
@@ -114,7 +115,7 @@ class Nodes:
         self._client: dict[int, int] = {}  # node id -> client
         self._known: set[int] = set()  # nodes that were greeted, or will be
         self._queue: deque[int] = deque()  # nodes that will be
-        self._refused: set[int] = set()
+        self._refused: dict[int, float] = {}  # node id -> when it is greeted again
         self._gone: set[int] = set()  # clients that were registered
         self._resident: set[int] = set()  # nodes whose worker waits for the end of the run
         self._given: dict[int, int] = {}  # node id -> bytes of the mask that it was sent
@@ -231,12 +232,14 @@ class Nodes:
                 self._coordinator.dismiss(client)
                 self._gone.add(client)
                 self._coordinator.events.tell("client-lost", client=client)
-            self._known -= self._refused  # one of them may be in the place of one that is gone
-            self._refused.clear()
-        if new := sorted(there - self._known):
-            self._known.update(new)
-            self._queue.extend(new)
-            self._greet()
+            self._refused = {node: now for node in self._refused if node in there}  # one may be in a gone one's place
+        again = [node for node, when in self._refused.items() if when <= now]
+        for node in again:
+            del self._refused[node]
+        new = sorted(there - self._known)
+        self._known.update(new)
+        self._queue += [*new, *again]
+        self._greet()
 
     @property
     def _greeting(self) -> bool:
@@ -255,7 +258,7 @@ class Nodes:
     def _greeted(self, node: int, record: ConfigRecord | None) -> None:
         """Takes a node's answer to its greeting."""
         if record is None:
-            self._refused.add(node)  # it did not answer; it may when another has gone
+            self._refused[node] = time.monotonic() + _AGAIN  # it did not answer; it may then
             return
         try:
             if "wants" in record:
@@ -275,7 +278,7 @@ class Nodes:
             if resident:
                 self._resident.add(node)
         except ProtocolError as error:
-            self._refused.add(node)
+            self._refused[node] = time.monotonic() + _AGAIN
             self._why = self._why or f": {error}"
             self._coordinator.events.tell("client-refused", logging.WARNING, reason=str(error))
             self._say(str(error))

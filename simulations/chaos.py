@@ -396,7 +396,7 @@ def report(chaos: Chaos, folder: RunFolder, completed: bool, loads: list[int], s
                 dropped[reason] = dropped.get(reason, 0) + count
         empty = sum(not entry.clients for entry in ledger.read())
     verified = fresh(folder.path, ["verify"])
-    replayed = fresh(folder.path, ["replay", "--as", "delta", "--out", str(folder.path / "replayed")])
+    replayed = fresh(folder.path, ["replay", "--out", str(folder.path / "replayed")])
     print(f"\n{'fault':40} {'round':>5} {'seconds':>8} {'rounds':>6}  survived  remark")
     for row in chaos.outcomes:
         said = "yes" if row.survived else "NO"

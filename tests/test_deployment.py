@@ -140,7 +140,7 @@ def test_keys_are_for_their_owner_only(tmp_path: Path) -> None:
     files = make_credentials(tmp_path / "made")
     public = make_node_key(tmp_path / "made" / "node")
     assert public.read_text(encoding="ascii").startswith("ecdsa-sha2-nistp384 ")
-    for path in (files.key, tmp_path / "made" / "node"):
+    for path in (files.key, files.secret, tmp_path / "made" / "node"):
         assert oct(path.stat().st_mode)[-3:] == "600"
     assert oct((tmp_path / "made").stat().st_mode)[-3:] == "700"
 

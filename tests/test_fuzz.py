@@ -423,6 +423,43 @@ def test_nodes_that_answer_as_they_like_change_nothing(
     assert all(line.isascii() and line.isprintable() and len(line) < 500 for line in said)
 
 
+@st.composite
+def near(draw: st.DrawFn, value: Any) -> Any:
+    """A value of a ConfigRecord, changed a little, or another one."""
+    if isinstance(value, bytes) and value and draw(st.booleans()):
+        return draw(edits(value))
+    if isinstance(value, list) and value and draw(st.booleans()):
+        one = draw(st.sampled_from(value))
+        changed = draw(edits(one)) if isinstance(one, bytes) else draw(st.integers(-(2**63), 2**63 - 1))
+        at = draw(st.integers(0, len(value) - 1))
+        return draw(st.sampled_from([value[::-1], value[1:], [*value, one], [*value[:at], changed, *value[at + 1 :]]]))
+    return draw(FIELD)
+
+
+@quick(30)
+@given(data=st.data())
+def test_clients_that_answer_a_secure_sum_as_they_like_hurt_no_sum_of_others(
+    flower: dict[str, Any], data: st.DataObject
+) -> None:
+    from test_secure_sum import CONFIGS, STAGES, Wire, draw, total
+
+    hostile, vectors = data.draw(st.sets(st.integers(0, 4), min_size=1, max_size=2)), draw(5, limit=1000)
+    stages = data.draw(st.sets(st.sampled_from(STAGES), min_size=1))
+
+    def forge(client: int, stage: str, reply: Any) -> Any:
+        if client in hostile and stage in stages:
+            record = reply.content.config_records[CONFIGS]
+            for key in data.draw(st.lists(st.sampled_from(sorted(record)), max_size=2)) if record else []:
+                record[key] = data.draw(near(record[key]))
+        return reply
+
+    found = Wire(5).sum(vectors, 3, forge)
+    if found is not None and not hostile & set(found[0]):
+        assert found[1].tolist() == total(vectors, found[0]).tolist() and len(found[0]) >= 3
+    if found is not None:
+        assert set(found[0]) >= set(range(5)) - hostile
+
+
 # -- what a client can make the server send or keep
 
 

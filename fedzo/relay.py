@@ -1,6 +1,8 @@
 """A TCP relay on loopback that counts the bytes between a node and its SuperLink, and can cut them off."""
 
 import asyncio
+import socket
+import struct
 import threading
 from contextlib import suppress
 
@@ -61,10 +63,11 @@ class Relay:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         try:
             if not self.open:
                 return
-            with suppress(OSError):
+            with suppress(OSError):  # its own connection is reset then, as it would have been there
                 there, out = await asyncio.open_connection("127.0.0.1", self._target)
                 self._writers.add(out)
                 try:

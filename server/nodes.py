@@ -22,6 +22,7 @@ RECORD = "fedzo"  # the one record of every message
 PART = 8 * 2**20  # bytes of an artifact in one message
 FAREWELL = 10.0  # seconds that the end of a run waits for its nodes to hear of it
 _LOOK = 1.0  # seconds between two looks at which nodes there are
+_LONGEST_REST = 30.0  # seconds between two rounds, of which the first had no answer
 _AGAIN = 60.0  # seconds after which a node that was refused, or did not answer, is greeted again
 _AT_ONCE, _BYTES_AT_ONCE = 256, 32 * 2**20  # messages pushed together
 
@@ -119,6 +120,7 @@ class Nodes:
         self._gone: set[int] = set()  # clients that were registered
         self._resident: set[int] = set()  # nodes whose worker waits for the end of the run
         self._given: dict[int, int] = {}  # node id -> bytes of the mask that it was sent
+        self._mute = 0  # rounds running in which no node answered
         self._why = ""
         self._looked = 0.0
 
@@ -129,6 +131,8 @@ class Nodes:
             RunError: there are not, and for a while no node has come.
         """
         first, last, pace = self._start > 0, time.monotonic(), Pace()
+        # A SuperLink that has just come back answers at once that it knows of no answer: rounds would fly by.
+        rested = last + (min(_LONGEST_REST, 2.0 ** min(self._mute, 5)) if self._mute else 0.0)
         while True:
             count = len(self._known)
             self._look()
@@ -139,9 +143,9 @@ class Nodes:
                 enough = False
             else:
                 enough = len(self.of) >= max(1, self._coordinator.spec.quorum)
-            if enough:
+            if enough and time.monotonic() >= rested:
                 break
-            if len(self._known) > count or self._greeting:
+            if enough or len(self._known) > count or self._greeting:
                 last = time.monotonic()
             elif (first and len(self._known) >= self._start) or time.monotonic() - last > self._patience:
                 raise RunError(self._too_few())
@@ -168,6 +172,7 @@ class Nodes:
                 yield node, ConfigRecord({"plan": plan})
 
         waiting = set(self._post.send("train.plan", plans(), self._timeout))
+        self._mute += 1
         again: set[int] = set()  # nodes that must be greeted before they can do their plan
         pace, end = Pace(), time.monotonic() + self._timeout
         while waiting and time.monotonic() < end:
@@ -188,6 +193,7 @@ class Nodes:
                     continue
                 waiting.discard(node)
                 if record is not None:
+                    self._mute = 0
                     data = record.get("answer")
                     yield asked[node], data if isinstance(data, bytes) else b""  # b"" is counted as malformed
             pace.wait()

@@ -29,7 +29,7 @@ from fedzo.deployment import Deployment, Node, one_thread_each
 from fedzo.errors import RunError
 from fedzo.events import read_events
 from fedzo.federation.ledger import Ledger
-from fedzo.flower import program, tail
+from fedzo.flower import program
 from fedzo.run_folder import RunFolder
 
 STEADY = 4  # nodes that are there from the beginning
@@ -78,6 +78,7 @@ class Chaos:
     def __init__(self, deployment: Deployment, config: Config, folder: RunFolder, rng: random.Random) -> None:
         self.deployment, self.config, self.folder, self.rng = deployment, config, folder, rng
         self.run = 0
+        self.wanted: dict[int, float] = {}  # nodes that are to be up -> when they were started last
         self.outcomes: list[Outcome] = []
 
     def start(self) -> None:
@@ -86,8 +87,19 @@ class Chaos:
         for node in self.deployment.nodes:
             self.deployment.register(node)
         for node in self.deployment.nodes[:STEADY]:
-            self.deployment.start_node(node)
+            self.up(node)
         self.submit()
+
+    def up(self, node: Node) -> None:
+        """Starts a node, and again whenever it ends, as a machine's service manager does (`tend`)."""
+        self.wanted[node.number] = time.monotonic()
+        self.deployment.start_node(node)
+
+    def tend(self) -> None:
+        """Starts nodes that have ended: Flower refuses one for a while that it still believes to be there."""
+        for node in self.deployment.nodes:
+            if not node.up and time.monotonic() - self.wanted.get(node.number, float("inf")) > 6.0:
+                self.up(node)
 
     def submit(self) -> None:
         self.run = self.deployment.submit(self.config, self.folder.path)
@@ -112,6 +124,7 @@ class Chaos:
         """Whether it has come to be within that time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
+            self.tend()
             if done():
                 return True
             time.sleep(0.5)
@@ -147,16 +160,6 @@ class Chaos:
             flush=True,
         )
 
-    def restart(self, node: Node, *options: str) -> None:
-        """Starts a node until it stays: Flower refuses one that it still believes to be there."""
-        end = time.monotonic() + RECOVERY
-        while time.monotonic() < end:
-            self.deployment.start_node(node, *options)
-            time.sleep(6.0)
-            if node.up:
-                return
-        raise RunError(f"node {node.number} does not start: " + " / ".join(tail(node.home / "supernode.log")))
-
     def back(self, node: Node, since: int) -> str:
         """Says when a node contributes again."""
         return f"client {node.number} contributes again" if node.number in self.clients(since) else ""
@@ -167,8 +170,7 @@ class Chaos:
     def node_killed(self, round_: int) -> Callable[[], str]:
         node = self.any()
         self.deployment.kill(node.process)
-        self.restart(node)
-        since = self.rounds
+        since = self.rounds + 1
         return lambda: self.back(node, since)
 
     def worker_killed(self, round_: int) -> Callable[[], str]:
@@ -192,18 +194,17 @@ class Chaos:
             if worker:
                 os.kill(int(worker["pid"]), 9)
         shutil.rmtree(node.home / "state", ignore_errors=True)
-        self.restart(node)
-        since = self.rounds
+        since = self.rounds + 1
         return lambda: self.back(node, since)
 
     def late_joiner(self, round_: int) -> Callable[[], str]:
         node = self.deployment.nodes[LATE]
-        self.deployment.start_node(node)
+        self.up(node)
         return lambda: self.back(node, round_)
 
     def wrong_base(self, round_: int) -> Callable[[], str]:
         node = self.deployment.nodes[WRONG]
-        self.deployment.start_node(node)
+        self.up(node)
 
         def overcome() -> str:
             refused = [event for event in self.events("client-refused") if "fingerprint" in event["reason"]]
@@ -246,9 +247,10 @@ class Chaos:
         self.deployment.start_superexec()
         for node in self.deployment.nodes:
             self.deployment.register(node)
-        for node in self.deployment.nodes[:STEADY]:  # their keys have new numbers at the new SuperLink
-            self.deployment.kill(node.process)
-            self.restart(node)
+        for node in self.deployment.nodes:  # their keys have new numbers at the new SuperLink
+            if node.up:
+                self.deployment.kill(node.process)
+                self.up(node)
         self.submit()
         return lambda: f"went on from round {since} of the ledger" if self.rounds > since + 1 else ""
 
@@ -275,8 +277,7 @@ class Chaos:
         shim.mkdir(exist_ok=True)
         (shim / "sitecustomize.py").write_text(_CLOCK.format(ahead=ahead), encoding="utf-8")
         node.environment["PYTHONPATH"] = str(shim)
-        self.restart(node)
-        since, end = self.rounds, time.monotonic() + 60.0
+        since, end = self.rounds + 1, time.monotonic() + 90.0
 
         def overcome() -> str:
             if self.rounds < since + 3 or (not self.back(node, since) and time.monotonic() < end):
@@ -284,7 +285,6 @@ class Chaos:
             took_part = bool(self.back(node, since))
             node.environment.pop("PYTHONPATH")
             self.deployment.kill(node.process)
-            self.restart(node)
             what = "took part" if took_part else "was left out"
             return f"{ahead / 3600:+.0f} h: client {node.number} {what}, the others went on"
 
@@ -379,7 +379,7 @@ def make_other_base(path: Path) -> None:
     from fedzo.models import load_model
 
     loaded = load_model("embedded", "causal")
-    parameter = next(loaded.model.parameters())
+    parameter = next(iter(loaded.model.parameters()))
     parameter.data.view(-1)[0] += 1.0
     loaded.model.save_pretrained(path)
     loaded.tokenizer.save_pretrained(path)

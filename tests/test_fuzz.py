@@ -181,7 +181,9 @@ def _right(spec: RunSpec, right: bytes, message: Contribution) -> bool:
 def contributions(draw: st.DrawFn, right: Contribution) -> bytes:
     """A right contribution with some of its fields replaced."""
     changes: dict[str, Any] = {}
-    for name in draw(st.lists(st.sampled_from([stated.name for stated in dataclasses.fields(right)]), max_size=2)):
+    for name in draw(
+        st.lists(st.sampled_from([stated.name for stated in dataclasses.fields(right)]), min_size=1, max_size=2)
+    ):
         value = getattr(right, name)
         if name == "run_id":
             changes[name] = draw(st.binary(min_size=8, max_size=8))
@@ -189,6 +191,9 @@ def contributions(draw: st.DrawFn, right: Contribution) -> bytes:
             changes[name] = draw(st.integers(0, 5) | UINT32)
         elif name == "seeds":
             changes[name] = value ^ np.uint64(draw(st.integers(0, 2**64 - 1)))
+        elif name == "counts" and draw(st.booleans()):  # of a run that is private, or of one that is not
+            private = {"counts": np.zeros(draw(st.integers(0, 2)), np.float32), "examples": None, "loss": None}
+            changes |= private | {"gradients": None} if value is None else {"counts": None, "examples": 0, "loss": 1.0}
         elif name == "examples" and value is not None:
             changes[name] = draw(UINT32)
         elif name == "loss" and value is not None:
@@ -215,7 +220,7 @@ def edits(draw: st.DrawFn, right: bytes) -> bytes:
 @st.composite
 def replies(draw: st.DrawFn, opened: Open) -> tuple[int, bytes]:
     """Whom the transport says that it comes from, and the message."""
-    spec, sender = opened.run.coordinator.spec, draw(st.sampled_from([*range(-1, 6), 2**40]))
+    spec, sender = opened.run.coordinator.spec, draw(st.sampled_from([0, 1, 2, 3] * 3 + [-1, 4, 5, 2**40]))
     data = opened.right[draw(st.sampled_from([sender] if sender in opened.right else sorted(opened.right)))]
     message, numbers = decode(data), st.integers(0, 4) | UINT32
     own = {
@@ -231,6 +236,10 @@ def replies(draw: st.DrawFn, opened: Open) -> tuple[int, bytes]:
     ]  # fmt: skip
     if isinstance(message, Contribution):
         made.append(contributions(message))
+    elif isinstance(message, Held):  # what a run without a secure sum would be sent
+        seeds = opened.pristine[0].seeds[message.client]
+        scalars, counts = np.ones(seeds.shape, np.float32), np.zeros(spec.sanitiser.counts, np.float32)
+        made.append(st.just(Contribution(**own, seeds=seeds, scalars=scalars, examples=None, loss=None, counts=counts)))
     found = draw(st.one_of(made))
     return sender, found if isinstance(found, bytes) else found.to_bytes()
 
@@ -259,6 +268,25 @@ def test_replies_are_taken_only_if_right_and_each_is_counted(
     assert {*current.contributions, *current.held, *current.answered, *current.rewound} <= set(one.right)
     assert set(server.members) == set(range(4)) and current.bytes_up == sum(len(message) for _, message in sent)
     assert (ledger.head, ledger.rounds, theta_digest(server.replica.theta), len(ledger.members())) == before
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if name != "client-secagg"])
+@quick(150)
+@given(data=st.data())
+def test_a_contribution_is_taken_if_and_only_if_it_is_right(
+    opened: dict[str, Open], name: str, data: st.DataObject
+) -> None:
+    one = opened[name]
+    one.reset()
+    server, client = one.run.coordinator, data.draw(st.integers(0, 3))
+    right = decode(one.right[client])
+    assert isinstance(right, Contribution)
+    sent = data.draw(st.just(one.right[client]) | contributions(right))
+    server.receive(client, sent)
+    current = server._open
+    assert current is not None
+    assert (client in current.contributions) is not _hostile(server.spec, one.right[client], sent)
+    assert current.dropped.total() == (client not in current.contributions)
 
 
 @pytest.fixture(scope="module")

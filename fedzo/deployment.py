@@ -76,14 +76,14 @@ class Deployment:
     Args:
         folder: logs and the nodes' state go here; an earlier deployment's state there is used again.
         nodes: how many there are.
-        share: all nodes use one worker's folder, as the nodes of one machine do.
+        share: nodes have one folder for sockets and state, and so one worker, as the nodes of one machine do.
 
     Raises:
         RunError: Flower's programs do not start; the message has the end of their log.
     """
 
     def __init__(self, folder: Path, nodes: int, *, share: bool = False) -> None:
-        self.folder = folder.resolve()
+        self.folder, self._share = folder.resolve(), share
         self._stack = ExitStack()
         # A path of its own, and short: a socket's has 100 bytes at most. Keys and certificates go with it.
         self.home = Path(
@@ -169,10 +169,11 @@ class Deployment:
             options: of flower-supernode, after ours.
         """
         home = node.home
+        kept = self.folder / "shared" if self._share else home
         environment = self.environment | {
             "FLWR_HOME": str(self.home / f"n{node.number}"),
-            "FEDZO_STATE": str(home / "state"),
-            "FEDZO_CACHE": str(home / "cache"),
+            "FEDZO_STATE": str(kept / "state"),
+            "FEDZO_CACHE": str(kept / "cache"),
             "FEDZO_RUNTIME": str(node.sockets),
             **node.environment,
         }

@@ -115,7 +115,8 @@ class Chaos:
     def clients(self, since: int) -> set[int]:
         """Who contributed to the rounds from `since` on."""
         with Ledger(self.folder.ledger) as ledger:
-            return {client for entry in ledger.read(since) for client in entry.clients}
+            entries = ledger.read(since) if since < ledger.rounds else ()
+            return {client for entry in entries for client in entry.clients}
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [event for event in read_events(self.folder.event_log)[0] if event["event"] == name]
@@ -276,7 +277,7 @@ class Chaos:
         shim = node.home / "clock"
         shim.mkdir(exist_ok=True)
         (shim / "sitecustomize.py").write_text(_CLOCK.format(ahead=ahead), encoding="utf-8")
-        node.environment["PYTHONPATH"] = str(shim)
+        node.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(shim), os.environ.get("PYTHONPATH")]))
         since, end = self.rounds + 1, time.monotonic() + 90.0
 
         def overcome() -> str:

@@ -13,6 +13,7 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
+from fedzo.cache import cache_directory, state_directory
 from fedzo.errors import ProtocolError, RunError
 from fedzo.resident.wire import Parcel, key, receive, runtime_directory, send
 
@@ -21,9 +22,9 @@ _LOG_BYTES = 2**20  # of a worker's log, above which the next one starts it anew
 
 
 def name_of(spec: str, run_config: Mapping[str, Any], device: str) -> str:
-    """The name of a worker: one for each run and device. Nodes whose runs are configured differently share none."""
+    """The name of a worker: one for each run and device. Nodes that are configured differently share none."""
     config = {name: value for name, value in run_config.items() if name != "out"}
-    told = json.dumps([spec, config, device], sort_keys=True)
+    told = json.dumps([spec, config, device, str(state_directory()), str(cache_directory())], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -31,7 +32,7 @@ def ask(name: str, request: Parcel) -> Parcel:
     """The worker's reply. A worker that is not there is started; one that dies on it is started once more.
 
     Raises:
-        RunError: no worker could be started, or it died twice.
+        RunError: no worker could be started, or it died again.
         ProtocolError: whoever listens there does not know this user's key.
     """
     folder = runtime_directory()
@@ -42,7 +43,7 @@ def ask(name: str, request: Parcel) -> Parcel:
             reply = _try(folder, name, request)
         if reply is not None:
             return reply
-    raise RunError(f"the worker died while it answered; its log is {folder / name}.log")
+    raise RunError(f"the worker died while it answered, and so did the next; their log is {folder / name}.log")
 
 
 def ask_running(name: str, request: Parcel) -> Parcel | None:

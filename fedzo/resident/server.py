@@ -41,7 +41,7 @@ class Served:
         orphaned: float = ORPHANED,
     ) -> None:
         self._answer, self._close, self._idle, self._orphaned = answer, close, idle, orphaned
-        self._one = threading.Lock()
+        self._one, self._count = threading.Lock(), threading.Lock()
         self._ended = threading.Event()
         self._waiting, self._last = 0, time.monotonic()
         self._nodes: dict[int, str] = {}  # process id of a node -> when it began
@@ -60,7 +60,12 @@ class Served:
 
     def _accept(self, listener: Listener, secret: bytes) -> None:
         while True:
-            connection = listener.accept()
+            try:
+                connection = listener.accept()
+            except OSError as error:  # of who is gone already, or too many files are open
+                _log.warning("cannot accept a connection: %s", error.strerror)
+                time.sleep(_TICK)
+                continue
             threading.Thread(target=self._talk, args=(connection, secret), daemon=True).start()
 
     def _talk(self, connection: Connection, secret: bytes) -> None:
@@ -89,13 +94,15 @@ class Served:
         node = request.fields.get("parent")
         if isinstance(node, int):
             self._nodes[node] = began(node)
-        self._waiting += 1
+        with self._count:
+            self._waiting += 1
         try:
             with self._one:
                 reply = self._answer(request)
         finally:
-            self._waiting -= 1
-            self._last = time.monotonic()
+            with self._count:
+                self._waiting -= 1
+                self._last = time.monotonic()
         if reply.fields.get("over"):
             _log.info("ends: the run is over")
             self._ended.set()

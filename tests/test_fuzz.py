@@ -262,6 +262,7 @@ def test_replies_are_taken_only_if_right_and_each_is_counted(
     assert taken + renewed + current.dropped.total() == len(sent)
     for client, kept in current.contributions.items():
         assert _right(server.spec, one.right[client], kept)
+    assert not (current.contributions if name == "client-secagg" else current.held)
     for client in current.held:
         assert (client, Held(server.spec.run_id, ROUND, client).to_bytes()) in sent
     assert renewed <= 2 * len(current.rewound)

@@ -282,6 +282,7 @@ def figures(
         "rounds_per_second": round((rounds - 1) / spent, 3),
         "client_steps_per_second": round(steps * accepted / spent, 1),
         "cpu_seconds_a_round": round(look.cpu_between(times[0][1], last) / (rounds - 1), 3),
+        "load_average": round(os.getloadavg()[1], 1),
         "server_peak_mib": round(look.peak("server") / MIB),
         "server_growth_kib_a_round": round((look.size_at(last) - look.size_at(half)) / KIB / (rounds - rounds // 2), 1),
         "down_bytes": round(sum(summary["bytes_down"] for summary in summaries) / sampled, 1),
@@ -296,7 +297,7 @@ def figures(
 
 COLUMNS = (
     ("engine", "engine"), ("clients", "clients"), ("rounds", "rounds"), ("start s", "start_seconds"),
-    ("rounds/s", "rounds_per_second"), ("steps/s", "client_steps_per_second"), ("CPU s/round", "cpu_seconds_a_round"),
+    ("rounds/s", "rounds_per_second"), ("steps/s", "client_steps_per_second"), ("CPU s/round", "cpu_seconds_a_round"), ("load", "load_average"),
     ("server MiB", "server_peak_mib"), ("KiB/round", "server_growth_kib_a_round"), ("down B", "down_bytes"),
     ("up B", "up_bytes"), ("ledger B/round", "ledger_bytes_a_round"),
 )  # fmt: skip

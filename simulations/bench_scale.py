@@ -297,7 +297,8 @@ def figures(
 
 COLUMNS = (
     ("engine", "engine"), ("clients", "clients"), ("rounds", "rounds"), ("start s", "start_seconds"),
-    ("rounds/s", "rounds_per_second"), ("steps/s", "client_steps_per_second"), ("CPU s/round", "cpu_seconds_a_round"), ("load", "load_average"),
+    ("rounds/s", "rounds_per_second"), ("steps/s", "client_steps_per_second"), ("CPU s/round", "cpu_seconds_a_round"),
+    ("load", "load_average"),
     ("server MiB", "server_peak_mib"), ("KiB/round", "server_growth_kib_a_round"), ("down B", "down_bytes"),
     ("up B", "up_bytes"), ("ledger B/round", "ledger_bytes_a_round"),
 )  # fmt: skip

@@ -7,7 +7,7 @@ that come while it lasts.
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -23,6 +23,7 @@ PART = 8 * 2**20  # bytes of an artifact in one message
 FAREWELL = 10.0  # seconds that the end of a run waits for its nodes to hear of it
 _LOOK = 1.0  # seconds between two looks at which nodes there are
 _LONGEST_REST = 30.0  # seconds between two rounds, of which the first had no answer
+_MOST_MASKS = 3  # times that a node is sent the run's mask, while it is there
 _AGAIN = 60.0  # seconds after which a node that was refused, or did not answer, is greeted again
 _AT_ONCE, _BYTES_AT_ONCE = 256, 32 * 2**20  # messages pushed together
 
@@ -117,9 +118,11 @@ class Nodes:
         self._known: set[int] = set()  # nodes that were greeted, or will be
         self._queue: deque[int] = deque()  # nodes that will be
         self._refused: dict[int, float] = {}  # node id -> when it is greeted again
+        self._holder: dict[int, int] = {}  # refused node id -> the node that is the client that it says it is
         self._gone: set[int] = set()  # clients that were registered
         self._resident: set[int] = set()  # nodes whose worker waits for the end of the run
-        self._given: dict[int, int] = {}  # node id -> bytes of the mask that it was sent
+        self._given: dict[int, int] = {}  # node id -> bytes of the mask that it was sent since it was greeted
+        self._cost: Counter[int] = Counter()  # node id -> bytes of it that it was sent in all
         self._mute = 0  # rounds running in which no node answered
         self._why = ""
         self._looked = 0.0
@@ -139,10 +142,10 @@ class Nodes:
             for node, kind, record in self._post.receive():
                 if kind == "query":
                     self._greeted(node, record)
-            if first and (len(self._known) < self._start or self._greeting):
-                enough = False
-            else:
-                enough = len(self.of) >= max(1, self._coordinator.spec.quorum)
+            # The first round waits for those that are being greeted, unless enough clients are there without them.
+            settled = len(self._known) >= self._start and not self._greeting
+            wanted = max(1, self._coordinator.spec.quorum)
+            enough = len(self.of) >= (wanted if not first or settled else max(wanted, self._start))
             if enough and time.monotonic() >= rested:
                 break
             if enough or len(self._known) > count or self._greeting:
@@ -232,13 +235,22 @@ class Nodes:
         if gone := (self._known - there if forget else set()):
             self._known -= gone
             self._resident -= gone
+            for node in gone:
+                self._given.pop(node, None)
+                self._cost.pop(node, None)
             for node in gone & set(self._client):
                 client = self._client.pop(node)
                 del self.of[client]
                 self._coordinator.dismiss(client)
                 self._gone.add(client)
                 self._coordinator.events.tell("client-lost", client=client)
-            self._refused = {node: now for node in self._refused if node in there}  # one may be in a gone one's place
+            freed = gone & set(self._holder.values())
+            self._refused = {
+                node: now if self._holder.get(node) in freed else when
+                for node, when in self._refused.items()
+                if node in there
+            }
+            self._holder = {node: holder for node, holder in self._holder.items() if node in there and holder in there}
         again = [node for node, when in self._refused.items() if when <= now]
         for node in again:
             del self._refused[node]
@@ -273,6 +285,7 @@ class Nodes:
             hello, resident = _read_hello(record)
             holder = self.of.get(hello.client, node)
             if holder != node:
+                self._holder[node] = holder
                 raise ProtocolError(f"client {hello.client} refused: another node is that client already")
             if self._client.get(node, hello.client) != hello.client:
                 raise ProtocolError(f"client {hello.client} refused: its node is client {self._client[node]}")
@@ -297,9 +310,12 @@ class Nodes:
         data = self._coordinator.ledger.artifact(spec.mask)
         if given >= len(data):
             raise ProtocolError("a node asked for more of the run's mask than there is")
+        if self._cost[node] >= _MOST_MASKS * len(data):
+            raise ProtocolError(f"a node asked for the run's mask more than {_MOST_MASKS} times")
         part = data[given : given + PART]
         again = ConfigRecord({"spec": spec.to_json(), "offset": given, "size": len(data), "data": part})
         self._given[node] = given + len(part)
+        self._cost[node] += len(part)
         self._coordinator.sent_artifact(len(part))
         self._post.send("query", [(node, again)], self._timeout)
 

@@ -251,11 +251,13 @@ def play(engine: str, clients: int, asked: int, rounds: int, scratch: Path, time
         except subprocess.TimeoutExpired:
             process.terminate()
             process.wait()
-        look.stop()
+            raise SystemExit(f"{engine}, {clients} clients: not done in {timeout:.0f} s (--timeout)") from None
+        finally:
+            look.stop()
         log.seek(0)
         said = log.read().strip().splitlines()
     if process.returncode:
-        raise SystemExit(f"{engine}, {clients} clients: {' / '.join(said[-3:]) or f'not done in {timeout:.0f} s'}")
+        raise SystemExit(f"{engine}, {clients} clients: {' / '.join(said[-3:])}")
     times = json.loads(said[-1]) if engine == "server" else told(RunFolder(out))
     return figures(engine, config, began, times, look, out)
 

@@ -33,6 +33,7 @@ class Watch:
         self._start = math.inf
         self._losses: deque[float] = deque(maxlen=_WINDOW)  # since the last evaluation
         self._still = 0  # the last so many rounds have no scalar but 0
+        self._broken = 0  # in the last so many rounds no answer was finite
         self._why = ""
         evaluations = ledger.evaluations("validation")
         for rounds, summary in enumerate([None, *ledger.summaries()]):
@@ -60,8 +61,9 @@ class Watch:
             return
         answered = summary["sampled"] - dropped.get("no-reply", 0)
         broken = dropped.get("not-finite", 0)
-        if answered and broken == answered:
-            self._why = f"not one loss or scalar of the {answered} clients that answered is finite"
+        self._broken = self._broken + 1 if answered and broken == answered else 0
+        if self._broken >= _WINDOW:  # of one round it may be a liar who alone was in time
+            self._why = f"in {self._broken} rounds not one loss or scalar of the clients that answered is finite"
         elif answered and broken + dropped.get("bound", 0) == answered:
             self._losses.append(math.inf)
         elif summary["loss"] is not None:

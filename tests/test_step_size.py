@@ -467,7 +467,8 @@ def test_doubt_and_divergence() -> None:
     [
         ([0.7] * 3, {0: 0.7, 3: 2.1}, {}, "validation loss is 2.1, at the start it was 0.7"),
         ([0.7] * 3, {0: 0.7, 3: math.nan}, {}, "validation loss is nan"),
-        ([0.7] * 3, {0: 0.7}, {"accepted": 0, "dropped": {"not-finite": 1, "no-reply": 1}}, "of the 1 clients"),
+        ([0.7] * 5, {0: 0.7}, {"accepted": 0, "dropped": {"not-finite": 1, "no-reply": 1}}, "in 5 rounds not one"),
+        ([0.7] * 4, {0: 0.7}, {"accepted": 0, "dropped": {"not-finite": 1, "no-reply": 1}}, ""),  # it may be a liar
         ([0.7] * 5, {0: 0.5, 5: 0.7}, {"max_scalar": 0.0}, "all scalars of the last 5 rounds are 0"),
         ([0.7] * 3, {0: 0.7, 3: 1.9}, {}, ""),
         ([0.0] * 5, {0: 0.5, 5: 0.0}, {"max_scalar": 0.0}, ""),  # a loss of 0 has no slope

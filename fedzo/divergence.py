@@ -62,8 +62,9 @@ class Watch:
         answered = summary["sampled"] - dropped.get("no-reply", 0)
         broken = dropped.get("not-finite", 0)
         self._broken = self._broken + 1 if answered and broken == answered else 0
-        if self._broken >= _WINDOW:  # of one round it may be a liar who alone was in time
-            self._why = f"in {self._broken} rounds not one loss or scalar of the clients that answered is finite"
+        # Fewer than half of the run's clients may be liars who alone were asked, or in time.
+        if self._broken and (2 * answered > self.ledger.spec.clients or self._broken >= _WINDOW):
+            self._why = f"not one loss or scalar of the {answered} clients that answered is finite"
         elif answered and broken + dropped.get("bound", 0) == answered:
             self._losses.append(math.inf)
         elif summary["loss"] is not None:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -428,7 +429,9 @@ def test_coefficients_that_are_not_finite_are_divergence(data: Path, tmp_path: P
 
 
 class Past:
-    """A ledger's record of losses: rounds, and evaluations by rounds."""
+    """A ledger's record of losses: rounds, and evaluations by rounds, of a run with two clients."""
+
+    spec = SimpleNamespace(clients=2)
 
     def __init__(self, losses: list[float], evaluations: dict[int, float], **summary: Any) -> None:
         common = {"sampled": 2, "accepted": 2, "scalars": 2, "dropped": {}, "max_scalar": 1.0} | summary
@@ -467,7 +470,8 @@ def test_doubt_and_divergence() -> None:
     [
         ([0.7] * 3, {0: 0.7, 3: 2.1}, {}, "validation loss is 2.1, at the start it was 0.7"),
         ([0.7] * 3, {0: 0.7, 3: math.nan}, {}, "validation loss is nan"),
-        ([0.7] * 5, {0: 0.7}, {"accepted": 0, "dropped": {"not-finite": 1, "no-reply": 1}}, "in 5 rounds not one"),
+        ([0.7] * 5, {0: 0.7}, {"accepted": 0, "dropped": {"not-finite": 1, "no-reply": 1}}, "of the 1 clients"),
+        ([0.7], {0: 0.7}, {"accepted": 0, "dropped": {"not-finite": 2}}, "of the 2 clients"),
         ([0.7] * 4, {0: 0.7}, {"accepted": 0, "dropped": {"not-finite": 1, "no-reply": 1}}, ""),  # it may be a liar
         ([0.7] * 5, {0: 0.5, 5: 0.7}, {"max_scalar": 0.0}, "all scalars of the last 5 rounds are 0"),
         ([0.7] * 3, {0: 0.7, 3: 1.9}, {}, ""),

@@ -165,6 +165,11 @@ class Chaos:
         """Says when a node contributes again."""
         return f"client {node.number} contributes again" if node.number in self.clients(since) else ""
 
+    def kept(self, node: Node) -> int:
+        """The round of theta on a node's disk."""
+        (path,) = (node.home / "state").glob("*/replica")
+        return int(json.loads(path.read_bytes().partition(b"\n")[0])["rounds"])
+
     def any(self) -> Node:
         return self.rng.choice(self.deployment.nodes[:STEADY])
 
@@ -257,7 +262,7 @@ class Chaos:
 
     def disk_full(self, round_: int) -> Callable[[], str]:
         node = self.any()
-        pid = int(node.worker()["pid"])
+        pid, kept = int(node.worker()["pid"]), self.kept(node)
         _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))  # from now on no write to a file succeeds
         since, end = self.rounds, time.monotonic() + 25.0  # long enough that theta's file falls due
@@ -265,8 +270,9 @@ class Chaos:
         def overcome() -> str:
             if time.monotonic() < end or self.rounds < since + 3 or not self.back(node, since + 1):
                 return ""
+            unwritten = self.kept(node) == kept
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
-            return f"client {node.number} contributed without being able to write"
+            return f"client {node.number} contributed, its theta stayed at round {kept} on disk" if unwritten else ""
 
         return overcome
 

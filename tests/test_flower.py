@@ -9,13 +9,14 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from fedzo import engine, flower
 from fedzo.config import Config, flatten, from_flat
 from fedzo.errors import LedgerError, RunError
+from fedzo.events import read_events
 from fedzo.experiment import Experiment, open_experiment
 from fedzo.federation.coordinator import RoundSummary
 from fedzo.federation.ledger import Ledger
@@ -200,6 +201,81 @@ def test_a_failing_client_tells_nothing_and_recovers(tmp_path: Path, head: bytes
         assert [entry.clients for entry in ledger.read()] == [(0, 2), (0, 1, 2), (0, 1, 2)]
         assert ledger.summaries()[0]["dropped"] == {"no-reply": 1}
     assert head_of(tmp_path) != head
+
+
+def plan_of(message: Message) -> bool:
+    return "plan" in message.content.config_records.get("fedzo", {})
+
+
+def test_a_node_that_forgot_the_run_is_greeted_again(tmp_path: Path, head: bytes) -> None:
+    """Flower keeps a node's state in its process: restarted, it has none, and is the same client all the same."""
+
+    class Forgetful(InProcessGrid):
+        asked: ClassVar[list[str]] = []
+
+        def handle(self, message: Message) -> str:
+            if message.metadata.dst_node_id == 999:
+                self.asked.append("plan" if plan_of(message) else "greeting")
+                if self.asked == ["greeting", "plan", "plan"]:
+                    self.contexts[999].state = RecordDict()
+            return super().handle(message)
+
+    grid = Forgetful(tiny(), tmp_path, (0, 1, 2), honest)
+    server_side.app(grid, grid.context(1, {}))
+    assert grid.asked == ["greeting", "plan", "plan", "greeting", "plan", "plan"]
+    assert head_of(tmp_path) == head
+
+
+def test_nodes_come_and_go_while_a_run_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client 2 comes late; client 1's node goes, and another takes its place: both are asked in the next round."""
+    monkeypatch.setattr(nodes, "_LOOK", 0.0)
+
+    class Changing(InProcessGrid):
+        plans = 0
+
+        def handle(self, message: Message) -> str:
+            self.plans += plan_of(message)
+            name = super().handle(message)
+            if self.plans == 3:  # in the second round of two
+                self.contexts[998] = self.context(998, {"partition-id": 2})
+            if self.plans == 7:  # in the third or fourth, of three
+                self.contexts.pop(999, None)
+                self.contexts[2000] = self.context(2000, {"partition-id": 1})
+            return name
+
+    config = tiny(federation__rounds=8, runtime__start_clients=2)
+    grid = Changing(config, tmp_path, (0, 1), honest)
+    server_side.app(grid, grid.context(1, {}))
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        took_part = [entry.clients for entry in ledger.read()]
+        assert verify(ledger, Experiment(config)) == 8
+    assert took_part[:2] == [(0, 1)] * 2 and took_part[-2:] == [(0, 1, 2)] * 2
+    told = [event["event"] for event in read_events(tmp_path / "events.jsonl")[0]]
+    assert told.count("client-lost") == told.count("client-rejoined") == 1
+
+
+def test_rounds_without_an_answer_are_spaced_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the SuperLink has just come back: errors at once. The rounds of the run do not fly by meanwhile."""
+    monkeypatch.setattr(nodes, "_LONGEST_REST", 0.7)
+
+    class Broken(InProcessGrid):
+        def handle(self, message: Message) -> str:
+            if plan_of(message):
+                name = str(next(self.ids))
+                self.replies[name] = Message(Error(code=0, reason="unavailable"), reply_to=self.named(message, name))
+                return name
+            return super().handle(message)
+
+        def named(self, message: Message, name: str) -> Message:
+            message.metadata.__dict__["_message_id"] = name
+            return message
+
+    grid = Broken(tiny(), tmp_path, (0, 1, 2), honest)
+    start = time.monotonic()
+    server_side.app(grid, grid.context(1, {}))
+    assert time.monotonic() - start > 1.4
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert [summary["dropped"] for summary in ledger.summaries()] == [{"no-reply": 3}] * 3
 
 
 def test_a_client_that_cannot_start_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

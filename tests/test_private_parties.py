@@ -46,7 +46,7 @@ from fedzo import engine
 from fedzo.errors import LedgerError, ProtocolError, RunError
 from fedzo.federation.ledger import Ledger
 from fedzo.federation.messages import Contribution, Failure, Held, Plan, decode
-from fedzo.federation.spec import RunSpec
+from fedzo.federation.spec import PROTOCOL, RunSpec
 from fedzo.optimizers import Records
 from fedzo.privacy import sampling
 from fedzo.privacy.accounting import epsilon
@@ -168,7 +168,7 @@ def test_each_byte_of_an_answer_is_accounted_for(mode: str, tmp_path: Path) -> N
     plan = plan_of(spec)
     data = answer(make_worker(spec, 0, None, tmp_path), plan.to_bytes())
     counts = 2 if mode in LOCAL else 1
-    head = struct.pack("<2sBB8sIIHHH", b"fz", 4, 6, spec.run_id, 0, 0, 2, 3, counts)
+    head = struct.pack("<2sBB8sIIHHH", b"fz", PROTOCOL, 6, spec.run_id, 0, 0, 2, 3, counts)
     seeds, message = plan.seeds.astype("<u8").tobytes(), contribution(data)
     assert message.counts is not None and message.counts.size == counts
     assert data == head + message.counts.tobytes() + seeds + message.scalars.tobytes()

@@ -257,7 +257,7 @@ def test_another_quantisation_is_refused_at_the_handshake(tmp_path: Path) -> Non
     ledger = start(folder, ours)
     coordinator = Coordinator(ledger, ours.replica(ledger.spec))
     coordinator.admit(ours.worker(0, ours.replica(ledger.spec)).hello())
-    with pytest.raises(ProtocolError, match=r"space_hash .*; scales are of one .* base, and this client's is fp4"):
+    with pytest.raises(ProtocolError, match=r"space_hash .*; scales are of one .* base, and this client's is 'fp4'"):
         coordinator.admit(other.worker(1, other.replica(ledger.spec)).hello())
     ledger.close()
 

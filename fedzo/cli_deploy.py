@@ -45,13 +45,15 @@ def local(
     with Deployment(folder.path / "deployment", nodes, share=share) as deployment:
         with nullcontext() if silent else errors.status("starting SuperLink and SuperNodes"):
             deployment.start()
-        with Live(console=errors, refresh_per_second=4) if not silent else nullcontext() as live:
-            figures = play(
-                deployment,
-                one_thread_each(checked, nodes),
-                folder,
-                lambda state: live.update(_table(state)) if live is not None else None,
-            )
+        with Live(console=errors, refresh_per_second=4) if errors.is_terminal and not silent else nullcontext() as live:
+
+            def show(state: Any) -> None:
+                for line in () if silent else state.lines:  # above the table, where there is one
+                    errors.print(line, markup=False)
+                if live is not None:
+                    live.update(_table(state))
+
+            figures = play(deployment, one_thread_each(checked, nodes), folder, show)
     with Ledger(folder.ledger) as ledger:
         if importlib.util.find_spec("matplotlib"):
             plot(ledger, folder.path)
@@ -93,7 +95,7 @@ def copy(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Is made; mu
 
 
 def _table(state: Any) -> Group:
-    """What a deployment does: nodes with their workers and bytes, and its last rounds."""
+    """What a deployment does: nodes with their workers and bytes."""
     nodes = Table("node", "SuperNode", "worker", "memory", "model loads", "at round", "sent", "received", box=None)
     for row in state.nodes:
         worker = row.worker
@@ -107,8 +109,7 @@ def _table(state: Any) -> Group:
             human_bytes(row.sent),
             human_bytes(row.received),
         )
-    lines = [Text(line) for line in state.lines[-8:]]
-    return Group(nodes, Text(f"{state.status}, {state.seconds:.0f} s", style="bold"), *lines)
+    return Group(nodes, Text(f"{state.status}, {state.seconds:.0f} s", style="bold"))
 
 
 @client.command("status")

@@ -302,7 +302,7 @@ class State:
         status: of the run, in Flower's words.
         seconds: since it was submitted.
         nodes: a row each.
-        lines: what has happened, a line an event, the newest last.
+        lines: what has happened since the last one, a line an event.
     """
 
     status: str
@@ -327,18 +327,17 @@ def play(
         RunError: the run failed; the message says what Flower says of it.
     """
     _, at = read_events(folder.event_log)
-    start, lines, seconds = time.monotonic(), list[str](), list[float]()
+    start, seconds = time.monotonic(), list[float]()
     run, asked, status, details = deployment.submit(config, folder.path), 0.0, "submitted", ""
     while not status.startswith("finished"):
         events, at = read_events(folder.event_log, at)
-        lines += [_line(event) for event in events]
         seconds += [event["seconds"] for event in events if event["event"] == "round-committed"]
         over = any(event["event"] in ("run-finished", "run-ended", "run-failed") for event in events)
         rows = tuple(
             NodeState(node.number, node.up, node.worker(), node.loads(), node.relay.up, node.relay.down)
             for node in deployment.nodes
         )
-        show(State(status, time.monotonic() - start, rows, tuple(lines[-20:])))
+        show(State(status, time.monotonic() - start, rows, tuple(map(_line, events))))
         now = time.monotonic()
         # Asking takes a process of its own: seldom, but for the beginning and the end.
         if over or now - asked > (2.0 if not seconds else 10.0):
@@ -363,10 +362,16 @@ def play(
 
 def _line(event: Mapping[str, Any]) -> str:
     """An event as a person reads it."""
-    skip = ("time", "level", "event", "run", "round")
-    told = "  ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in event.items()
-        if name not in skip and value not in (None, {}, 0)
-    )
-    return f"{event['time'][11:19]}  round {event['round']}  {event['event']}  {told}"
+    name = event["event"]
+    if name == "round-committed":
+        shown = {key: event[key] for key in ("loss", "accepted", "sampled", "dropped", "seconds")}
+    elif name == "evaluation":
+        shown = {"split": event["split"], **event["metrics"]}
+    else:
+        shown = {key: value for key, value in event.items() if key not in ("time", "level", "event", "run", "round")}
+    told = [
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in shown.items()
+        if value is not None and value != {}
+    ]
+    return "  ".join([event["time"][11:19], f"round {event['round']}", name, *told])

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fedzo import engine
+from fedzo.cli import app as cli
 from fedzo.config import Config, load_config
 from fedzo.credentials import make_credentials, make_node_key
 from fedzo.errors import RunError
@@ -143,6 +145,28 @@ def test_keys_are_for_their_owner_only(tmp_path: Path) -> None:
     for path in (files.key, files.secret, tmp_path / "made" / "node"):
         assert oct(path.stat().st_mode)[-3:] == "600"
     assert oct((tmp_path / "made").stat().st_mode)[-3:] == "700"
+
+
+def test_credentials_and_app_on_the_command_line(tmp_path: Path) -> None:
+    def fedzo(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(cli, ["deploy", *arguments])
+        return done.exit_code, done.output
+
+    made = tmp_path / "made"
+    assert fedzo("credentials", str(made), "--name", "fl.example.org", "--address", "10.0.0.5", "--nodes", "2")[0] == 0
+    assert {path.name for path in made.iterdir()} == {
+        "authority.crt", "superlink.crt", "superlink.key", "superexec.secret", "node-0", "node-0.pub", "node-1",
+        "node-1.pub",
+    }  # fmt: skip
+    code, said = fedzo("credentials", str(made), "--name", "fl.example.org")
+    assert code == 1 and "is there already" in said
+    code, said = fedzo("credentials", str(tmp_path / "other"), "--address", "fl.example.org")
+    assert code == 2 and "--name" in said and not (tmp_path / "other").exists()
+    code, said = fedzo("credentials", str(tmp_path / "other"))
+    assert code == 1 and "--address or --name" in said
+    assert fedzo("app", str(tmp_path / "app"))[0] == 0
+    assert (tmp_path / "app" / "clients" / "app.py").is_file() and (tmp_path / "app" / "pyproject.toml").is_file()
+    assert fedzo("app", str(tmp_path / "app"))[0] == 1
 
 
 def test_the_relay_counts_and_cuts() -> None:

@@ -20,6 +20,7 @@ from fedzo.federation.messages import Hello
 
 RECORD = "fedzo"  # the one record of every message
 PART = 8 * 2**20  # bytes of an artifact in one message
+LOADING = 600.0  # seconds that a node may take to load its model and data
 FAREWELL = 10.0  # seconds that the end of a run waits for its nodes to hear of it
 _LOOK = 1.0  # seconds between two looks at which nodes there are
 _LONGEST_REST = 30.0  # seconds between two rounds, of which the first had no answer
@@ -92,7 +93,8 @@ class Nodes:
         grid: Flower's.
         coordinator: of the run; told who has come and gone.
         say: is told, in a line, what a person should know.
-        timeout: seconds for an answer.
+        timeout: seconds for an answer to a plan.
+        loading: seconds for an answer to a greeting, before which a node loads its model and data.
         patience: seconds without a new node after which no more is waited for.
         start: clients that must be there before the first round.
 
@@ -109,10 +111,12 @@ class Nodes:
         timeout: float,
         patience: float,
         start: int,
+        loading: float = LOADING,
     ) -> None:
         self.of: dict[int, int] = {}
         self._grid, self._coordinator, self._say = grid, coordinator, say
         self._timeout, self._patience, self._start = timeout, patience, start
+        self._loading = loading
         self._post = Post(grid)
         self._client: dict[int, int] = {}  # node id -> client
         self._known: set[int] = set()  # nodes that were greeted, or will be
@@ -271,7 +275,7 @@ class Nodes:
         spec, free = self._coordinator.spec.to_json(), _AT_ONCE - self._post.waits("query")
         now = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
         self._given.update(dict.fromkeys(now, 0))
-        self._post.send("query", ((node, ConfigRecord({"spec": spec})) for node in now), self._timeout)
+        self._post.send("query", ((node, ConfigRecord({"spec": spec})) for node in now), self._loading)
 
     def _greeted(self, node: int, record: ConfigRecord | None) -> None:
         """Takes a node's answer to its greeting."""
@@ -317,7 +321,7 @@ class Nodes:
         self._given[node] = given + len(part)
         self._cost[node] += len(part)
         self._coordinator.sent_artifact(len(part))
-        self._post.send("query", [(node, again)], self._timeout)
+        self._post.send("query", [(node, again)], self._loading)
 
 
 class Pace:

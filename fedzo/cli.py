@@ -250,7 +250,7 @@ def run(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="TOML file; none: the embedded default.")
     ] = None,
-    override: Override = [],  # noqa: B006
+    override: Override = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; none: runs/TASK-DATE-TIME.")] = None,
     engine: Annotated[Engine, typer.Option(help="One process, or Flower's simulation with Ray.")] = Engine.LOCAL,
     quiet: Quiet = False,
@@ -260,7 +260,7 @@ def run(
     from fedzo.config import load_config
     from fedzo.run_folder import RunFolder, new_run_path
 
-    checked = load_config(config, override).resolved()
+    checked = load_config(config, override or ()).resolved()
     folder = RunFolder(out or new_run_path(checked))
     folder.check_new()
     if engine is Engine.LOCAL:
@@ -289,7 +289,7 @@ def plan_rounds(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="TOML file; none: the embedded default.")
     ] = None,
-    override: Override = [],  # noqa: B006
+    override: Override = None,
     measuring: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Take a local step, to tell the time that a run takes.")
     ] = True,
@@ -306,7 +306,7 @@ def plan_rounds(
 
     if not 0.0 <= step_seconds < float("inf"):
         raise ConfigError(f"--step-seconds is {step_seconds:g}, wanted a number above 0")
-    checked = load_config(config, override).resolved()
+    checked = load_config(config, override or ()).resolved()
     with _loading(quiet or as_json, "loading model and data"):
         experiment = Experiment(checked)
 
@@ -324,15 +324,15 @@ def tune(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file.")],
     budget: Annotated[int, typer.Option(min=1, help="Whole runs that all trials together may take.")],
     ranges: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--tune",
             metavar="KEY=LOW:HIGH[:log]",
             help="Look for a key's value there; repeatable. The learning rate "
             'is looked for within a factor of 10 of "auto" unless given.',
         ),
-    ] = [],  # noqa: B006
-    override: Override = [],  # noqa: B006
+    ] = None,
+    override: Override = None,
     out: Annotated[Path | None, typer.Option("--out", help="File for what was found; none: CONFIG-tuned.toml.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Folder of the trials; none: runs/tune-CONFIG.")] = None,
     quiet: Quiet = False,
@@ -343,7 +343,7 @@ def tune(
     from fedzo.files import write_atomically
     from fedzo.tune import parse_range, search
 
-    base = load_config(config, override)
+    base = load_config(config, override or ())
     target, trials = (
         out or config.with_name(f"{config.stem}-tuned.toml"),
         folder or Path("runs") / f"tune-{config.stem}",
@@ -351,7 +351,7 @@ def tune(
     if target.exists() or not target.parent.is_dir():
         state = "exists; give a file that does not" if target.exists() else "is in a directory that does not exist"
         raise ConfigError(f"--out {target} {state}")
-    wanted = [parse_range(text, base) for text in ranges]
+    wanted = [parse_range(text, base) for text in ranges or ()]
     silent = quiet or as_json
     with _loading(silent, "trials run"):
         found = search(base.resolved(), wanted, budget, trials, (lambda _: None) if silent else _tell)
@@ -567,8 +567,10 @@ def mask(
     length: Annotated[int, typer.Option(help="Tokens of a calibration sequence, at most.")] = 128,
     examples: Annotated[int, typer.Option(help="Calibration sequences or examples.")] = 64,
     seed: Annotated[int, typer.Option(help="Decides the draw and the calibration examples.")] = 0,
-    include: Annotated[list[str], typer.Option(help="Pattern of parameter names; repeatable.")] = ["*"],  # noqa: B006
-    exclude: Annotated[list[str], typer.Option(help="Pattern of names to leave out; repeatable.")] = [],  # noqa: B006
+    include: Annotated[
+        list[str] | None, typer.Option(help="Pattern of parameter names, repeatable; none: all.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of names to leave out; repeatable.")] = None,
     per_tensor: Annotated[bool, typer.Option("--per-tensor", help="The same share of each matrix.")] = False,
     compare: Annotated[Path | None, typer.Option(help="Another mask: show the overlap.")] = None,
     device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
@@ -592,7 +594,7 @@ def mask(
     keys = {
         "seed": seed, "model.source": model, "model.kind": kind.value, "model.revision": revision,
         "model.max_length": length, "space.kind": "sparse", "space.mask": method.value, "space.density": density,
-        "space.include": include, "space.exclude": exclude, "space.per_tensor": per_tensor,
+        "space.include": include or ["*"], "space.exclude": exclude or [], "space.per_tensor": per_tensor,
         "space.calibration": "" if calibration is None or task else str(calibration),
         "space.calibration_examples": examples, "runtime.device": device,
     }  # fmt: skip

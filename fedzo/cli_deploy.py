@@ -24,7 +24,7 @@ def local(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="TOML file; none: the embedded default.")
     ] = None,
-    override: Override = [],  # noqa: B006
+    override: Override = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder, also one to go on with.")] = None,
     share: Annotated[bool, typer.Option("--share", help="Nodes share one worker, and so one base model.")] = False,
     quiet: Quiet = False,
@@ -39,7 +39,7 @@ def local(
     from fedzo.run_folder import RunFolder, new_run_path
 
     require_flower()
-    checked = load_config(config, [*override, f"data.clients={nodes}"]).resolved()
+    checked = load_config(config, [*(override or ()), f"data.clients={nodes}"]).resolved()
     folder = RunFolder(out or new_run_path(checked))
     silent = quiet or as_json
     with Deployment(folder.path / "deployment", nodes, share=share) as deployment:
@@ -63,8 +63,8 @@ def local(
 @deploy.command("credentials")
 def credentials(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Is made; must not exist.")],
-    address: Annotated[list[str], typer.Option("--address", help="IP address of the SuperLink.")] = [],  # noqa: B006
-    name: Annotated[list[str], typer.Option("--name", help="Host name of the SuperLink.")] = [],  # noqa: B006
+    address: Annotated[list[str] | None, typer.Option("--address", help="IP address of the SuperLink.")] = None,
+    name: Annotated[list[str] | None, typer.Option("--name", help="Host name of the SuperLink.")] = None,
     nodes: Annotated[int, typer.Option(min=0, help="Keys of so many nodes: node-0, node-1, ...")] = 0,
 ) -> None:
     """Make an authority's certificate, the SuperLink's certificate and key, the SuperExec's secret, and node keys."""
@@ -77,7 +77,7 @@ def credentials(
         raise RunError(f"{folder} is there already; choose another folder, or remove it")
     if not address and not name:
         raise RunError("a certificate is of an address or a name: give --address or --name, as the nodes will write it")
-    files = make_credentials(folder, address, name)
+    files = make_credentials(folder, address or (), name or ())
     keys = [make_node_key(folder / f"node-{number}") for number in range(nodes)]
     for path in (files.authority, files.certificate, files.key, files.secret, *keys):
         console.print(str(path), markup=False)

@@ -113,7 +113,7 @@ def report(
 def clip(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, with public data as data.validation.")],
     quantile: Annotated[float, typer.Option(help="Of the norms: what share is to be within the bound.")] = 0.5,
-    override: Override = [],  # noqa: B006
+    override: Override = None,
     as_json: Json = False,
 ) -> None:
     """Suggest privacy.clip, from public data only."""
@@ -122,7 +122,7 @@ def clip(
     from fedzo.experiment import Experiment
     from fedzo.files import strict_json
 
-    chosen = load_config(config, override).resolved()
+    chosen = load_config(config, override or ()).resolved()
     found = suggest(Experiment(chosen), quantile)
     figures = {
         "clip": found.clip, "clipped": found.clipped, "units": found.units, "examples": found.examples,

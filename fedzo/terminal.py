@@ -11,9 +11,8 @@ console = Console(soft_wrap=True, highlight=False)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON, and nothing else.")]
-# A command gives it [] as its default, which typer wants to be a list, and never hands out itself.
 Override = Annotated[
-    list[str], typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the configuration.")
+    list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Set a key of the configuration.")
 ]
 
 

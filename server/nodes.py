@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -361,10 +362,10 @@ def _read_hello(record: ConfigRecord) -> tuple[Hello, bool]:
     """What a node says of itself, and whether it has a worker that waits for the end of the run."""
     if "refused" in record:
         raise ProtocolError(shown(record["refused"], 300))
-    given = dict(record)
+    given: dict[str, Any] = dict(record)
     resident = given.pop("resident", False)
     try:
-        hello = Hello(**given)  # type: ignore[arg-type]
+        hello = Hello(**given)
     except TypeError:
         raise ProtocolError("a node answered with something else than a hello") from None
     if type(hello.client) is not int:

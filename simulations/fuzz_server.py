@@ -242,6 +242,7 @@ def shown_to(tally: Tally) -> Iterator[None]:
 
 def over_flower(folder: Path, rounds: int, strangers: int, rng: np.random.Generator, tally: Tally) -> bool:
     """The ServerApp among hostile nodes; whether its ledger is that of a run without them."""
+    sys.path.insert(0, str(ROOT))  # clients/ and server/ are not part of the package
     from hostile_nodes import HostileGrid
 
     from server import app as server_side

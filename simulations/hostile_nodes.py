@@ -1,23 +1,17 @@
 """Flower's nodes that answer as they like, among nodes of the ClientApp: a Grid within this process."""
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
 from hostile import CLIENTS, TEXTS, VALUES
 
+from clients import app as client_side
 from fedzo.config import Config, flatten
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # clients/ and server/ are not part of the installed package
-
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict  # noqa: E402
-from flwr.serverapp import Grid  # noqa: E402
-from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
-
-from clients import app as client_side  # noqa: E402
 
 Pick = Callable[[Any], Any]
 Content = Error | RecordDict

@@ -60,6 +60,13 @@ def wait(done: Callable[[], bool], seconds: float = 60.0) -> bool:
     return done()
 
 
+def start(deployment: Deployment) -> None:
+    """Starts the two nodes that are known, if no test before has."""
+    for node in deployment.nodes[:2]:
+        if not node.up:
+            deployment.start_node(node)
+
+
 def log(node: Node) -> str:
     path = node.home / "supernode.log"
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -104,8 +111,7 @@ def test_a_plain_text_client_gets_no_answer(deployment: Deployment) -> None:
 
 
 def test_the_same_ledger_as_in_one_process(deployment: Deployment, config: Config, tmp_path: Path) -> None:
-    for node in deployment.nodes[:2]:
-        deployment.start_node(node)
+    start(deployment)
     states: list[str] = []
     folder = RunFolder(tmp_path / "run")
     figures = play(deployment, config, folder, lambda state: states.append(state.status))
@@ -124,6 +130,7 @@ def test_the_same_ledger_as_in_one_process(deployment: Deployment, config: Confi
 
 
 def test_a_run_that_fails_says_why(deployment: Deployment, config: Config, tmp_path: Path) -> None:
+    start(deployment)
     missing = config.model_copy(update={"model": config.model.model_copy(update={"source": "/no/model"})})
     with pytest.raises(RunError, match=r"Flower's run is finished:failed: .*/no/model.* Logs are in"):
         play(deployment, missing, RunFolder(tmp_path / "run"), lambda state: None)
